@@ -1,0 +1,109 @@
+"""Recipes: extends, overrides, and errors that name the file, the key and the remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from texttok_cli.config.loader import dump_recipe, load_recipe, merge, recipe_names
+from texttok_cli.config.schema import ClassEmbedding, NoCondition, Recipe, TextCondition
+from texttok_cli.errors import RecipeError
+
+MINIMAL = "model: {}\ndata: {train: [x]}\nschedule: {steps: 1}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_every_shipped_recipe_loads() -> None:
+    assert recipe_names()
+    for name in recipe_names():
+        assert load_recipe(name).reproduces, f"{name} does not say what it reproduces"
+
+
+def test_defaults_are_the_papers(recipe: Path) -> None:
+    loaded = load_recipe(str(recipe))
+    assert (loaded.model.backbone.depth, loaded.model.backbone.width, loaded.model.backbone.heads) == (12, 768, 12)
+    assert loaded.model.latent_dim == 8
+    assert isinstance(loaded.model.condition, NoCondition)
+
+
+def test_extends_merges_and_the_leaf_wins(recipe: Path) -> None:
+    leaf = recipe.with_name("leaf.yaml")
+    leaf.write_text("extends: mine\nmodel: {num_tokens: 7}\n")
+    loaded = load_recipe(str(leaf))
+    assert (loaded.model.num_tokens, loaded.data.train) == (7, ["x"])
+
+
+def test_extending_oneself_is_an_error(recipe: Path) -> None:
+    recipe.write_text("extends: mine\n")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(str(recipe))
+
+
+def test_another_discriminator_replaces_instead_of_merging() -> None:
+    base = {"condition": {"source": "caption", "encoder": {"kind": "t5"}}, "n": 1}
+    assert merge(base, {"condition": {"source": "none"}}) == {"condition": {"source": "none"}, "n": 1}
+    assert merge(base, {"condition": {"encoder": {"max_tokens": 5}}})["condition"]["encoder"] == {"kind": "t5", "max_tokens": 5}
+
+
+def test_overrides_reach_every_kind_of_value() -> None:
+    loaded = load_recipe(
+        "tiny/texttok-32-128", ["optimizer.lr=1e-3", "data.train=[a.tar, b.tar]", "objective.perceptual={net: stlpips-alex}"]
+    )
+    assert loaded.optimizer.lr == 1e-3
+    assert loaded.data.train == ["a.tar", "b.tar"]
+    assert loaded.objective.perceptual is not None and loaded.objective.perceptual.net == "stlpips-alex"
+    assert isinstance(load_recipe("tiny/texttok-32-128", ["model.condition.source=none"]).model.condition, NoCondition)
+    embedding = load_recipe("tiny/texttok-32-128", ["model.condition={source: class_embedding, num_classes: 9}"]).model.condition
+    assert isinstance(embedding, ClassEmbedding)
+
+
+def test_twins_differ_by_their_condition_only() -> None:
+    text, twin = load_recipe("tiny/texttok-32-128"), load_recipe("tiny/baseline-32-128")
+    assert isinstance(text.model.condition, TextCondition) and isinstance(twin.model.condition, NoCondition)
+    same = {"model": text.model.model_copy(update={"condition": twin.model.condition}), "reproduces": twin.reproduces}
+    same["training"] = text.training.model_copy(update={"text_cache": False})
+    assert text.model_copy(update=same) == twin
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_token=3", "unknown key 'model.num_token'; did you mean 'num_tokens'?"),
+        ("model.condition={source: caption, encodr: {}}", "unknown key 'model.condition.encodr'; did you mean 'encoder'?"),
+        ("modle.num_tokens=3", "unknown key 'modle'; did you mean 'model'?"),
+        ("model.image_size=100", "image_size 100 is not a multiple of patch_size 8"),
+        ("model.backbone.size=XL", "size 'XL' is not one of S, B, L"),
+        ("optimizer.lr=fast", "optimizer.lr: input should be a valid number"),
+        ("model.condition={source: t5}", "model.condition"),
+        ("model.condition={source: caption, encoder: {precision: fp16}}", "precision"),
+        ("steps", "write it as key.subkey=value"),
+    ],
+)
+def test_mistakes_are_one_clear_line(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as err:
+        load_recipe(str(recipe), [override])
+    assert message in str(err.value)
+    assert "\n" not in str(err.value)
+
+
+def test_a_recipe_that_is_not_there_lists_close_names() -> None:
+    with pytest.raises(RecipeError, match="did you mean tiny/texttok-32-128"):
+        load_recipe("tiny/textok-32-128")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=r"mine\.yaml"):
+        load_recipe(str(recipe))
+
+
+def test_the_dump_loads_as_the_same_recipe() -> None:
+    loaded = load_recipe("tokenizer/texttok-32-256")
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(loaded))) == loaded

@@ -1,0 +1,140 @@
+"""TexTok: parameter counts of Table 4e, inert padding, conditioning's ways and places, the last block's shortcut, parity with timm."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from texttok_cli.config.schema import Backbone, TokenizerConfig
+from texttok_cli.models.condition import Condition
+from texttok_cli.models.layers import ALL, Block
+from texttok_cli.models.tokenizer import TexTok, patchify, unpatchify
+
+TINY = {"image_size": 32, "patch_size": 8, "num_tokens": 4, "latent_dim": 8, "backbone": {"depth": 2, "width": 32, "heads": 2}}
+TEXT = {"source": "caption", "encoder": {"dim": 16}}
+
+
+def build(condition: dict, **changes: object) -> TexTok:
+    torch.manual_seed(0)
+    model = TexTok(TokenizerConfig.model_validate({**TINY, "condition": condition, **changes})).eval()
+    with torch.no_grad():  # biases and tables away from their initial zeros, so that nothing cancels by chance
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def images(n: int = 2) -> torch.Tensor:
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 53.9), ("B", 175.2), ("L", 611.5)])
+def test_parameter_counts_of_table_4e(size: str, millions: float) -> None:
+    """256 px, patch 8, 64 tokens, 128 text tokens of T5-XL's width (the paper rounds them to 54 / 176 / 612)."""
+    t5_xl = {"source": "caption", "encoder": {"kind": "t5", "name": "google/t5-v1_1-xl", "dim": 2048}}
+    with torch.device("meta"):
+        model = TexTok(TokenizerConfig(image_size=256, patch_size=8, num_tokens=64, backbone=size, condition=t5_xl))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_baseline_differs_by_the_two_text_projections_only() -> None:
+    text, baseline = build(TEXT), build({"source": "none"})
+    extra = {name for name, _ in text.named_parameters()} - {name for name, _ in baseline.named_parameters()}
+    assert extra == {f"{half}.project.proj.{p}" for half in ("tokenizer", "detokenizer") for p in ("weight", "bias")}
+
+
+def test_patchify_is_rows_of_patches_and_invertible() -> None:
+    x = images()
+    patches = patchify(x, 8)
+    assert torch.equal(patches[0, 5], x[0, :, 8:16, 8:16].flatten())  # patch 5 of 4 x 4: second row, second column
+    assert torch.equal(unpatchify(patches, 8), x)
+
+
+@pytest.mark.parametrize("mode", ["in_context", "cross_attention"])
+@pytest.mark.parametrize("where", ["both", "tokenizer", "detokenizer"])
+def test_text_acts_where_the_recipe_says(mode: str, where: str) -> None:
+    model = build({**TEXT, "mode": mode, "where": where})
+    a, b = (Condition(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(s))) for s in (2, 3))
+    z_a, z_b = model.encode(images(), a).z, model.encode(images(), b).z
+    assert torch.equal(z_a, z_b) == (where == "detokenizer")
+    assert torch.equal(model.decode(z_a, a), model.decode(z_a, b)) == (where == "tokenizer")
+
+
+@pytest.mark.parametrize("mode", ["in_context", "cross_attention"])
+@pytest.mark.parametrize("filler", [0.0, 1e4, float("nan"), float("inf")])
+def test_padding_is_inert(mode: str, filler: float) -> None:
+    """Mixed lengths, one of them empty: each image comes out as it does alone without padding, whatever stands in the padding."""
+    model = build({**TEXT, "mode": mode})
+    lengths = [0, 3, 7]
+    tokens = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    padded = Condition(torch.where(mask[..., None], tokens, filler), mask)
+    batch, latents = model(images(3), padded)
+    for i, n in enumerate(lengths):
+        alone = Condition(tokens[i : i + 1, :n]) if n else Condition(tokens[i : i + 1, :1], torch.zeros(1, 1, dtype=torch.bool))
+        output, single = model(images(3)[i : i + 1], alone)
+        torch.testing.assert_close(latents.z[i : i + 1], single.z, atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch[i : i + 1], output, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["in_context", "cross_attention"])
+def test_nan_padding_leaves_gradients_finite(mode: str) -> None:
+    model = build({**TEXT, "mode": mode})
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    cond = Condition(torch.where(mask[..., None], torch.ones(2, 3, 16), float("nan")), mask)
+    output, _ = model(images(), cond)
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_mask_is_all_real() -> None:
+    model = build(TEXT)
+    tokens = torch.randn(2, 5, 16)
+    masked, plain = Condition(tokens, torch.ones(2, 5, dtype=torch.bool)), Condition(tokens)
+    torch.testing.assert_close(model(images(), masked)[0], model(images(), plain)[0], atol=1e-5, rtol=0)
+
+
+def test_keeping_some_tokens_equals_dropping_them_afterwards() -> None:
+    block = Block(Backbone(depth=1, width=32, heads=2, qk_norm=True), cross=False)
+    x, mask = torch.randn(2, 9, 32), torch.rand(2, 9) < 0.8
+    torch.testing.assert_close(block(x, mask, keep=slice(2, 6)), block(x, mask, keep=ALL)[:, 2:6])
+
+
+def test_block_equals_timms() -> None:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    ours = Block(Backbone(depth=1, width=32, heads=2), cross=False)
+    theirs = timm.Block(32, 2, qkv_bias=True, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))
+    names = {"attn.qkv": "attn.qkv", "attn.proj": "attn.out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "norm1": "norm1", "norm2": "norm2"}
+    state = ours.state_dict()
+    theirs.load_state_dict({f"{a}.{p}": state[f"{b}.{p}"] for (a, b), p in itertools.product(names.items(), ("weight", "bias"))})
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(x, None), theirs(x), atol=1e-6, rtol=1e-5)
+
+
+def test_class_embedding_is_one_token_a_class() -> None:
+    model = build({"source": "class_embedding", "num_classes": 3})
+    out, _ = model(images(), None, torch.tensor([0, 2]))
+    swapped, _ = model(images(), None, torch.tensor([2, 0]))
+    assert model.classes is not None and model.classes.weight.shape == (3, 32)
+    assert not torch.allclose(out, swapped)
+
+
+@pytest.mark.parametrize(("condition", "given"), [(TEXT, None), ({"source": "none"}, Condition(torch.zeros(2, 1, 16)))])
+def test_a_wrong_condition_is_an_error(condition: dict, given: Condition | None) -> None:
+    with pytest.raises(ValueError, match="condition"):
+        build(condition)(images(), given)
+
+
+def test_wrong_sizes_are_errors() -> None:
+    model = build({"source": "none"})
+    with pytest.raises(ValueError, match="32"):
+        model.encode(torch.zeros(1, 3, 64, 64), None)
+    with pytest.raises(ValueError, match="latents"):
+        model.decode(torch.zeros(1, 4, 9), None)
+
+
+def test_scaled_init_starts_as_grey() -> None:
+    torch.manual_seed(0)
+    model = TexTok(TokenizerConfig.model_validate({**TINY, "backbone": {**TINY["backbone"], "init": "scaled"}}))
+    assert torch.equal(model(images(), None)[0], torch.zeros(2, 3, 32, 32))

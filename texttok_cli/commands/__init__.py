@@ -1,0 +1,1 @@
+"""One thin file per command: open files, show progress, pick exit codes."""

@@ -1,0 +1,58 @@
+"""`texttok train`: a recipe to a model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with texttok.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.batch_size=64")] = None,
+    out: OutOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, parameters, FLOPs and memory; train nothing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a tokenizer as a recipe says. The same command again resumes an interrupted run."""
+    from texttok_cli.config.loader import dump_recipe, load_recipe
+    from texttok_cli.console import emit, progress, say, stdout
+
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from texttok_cli.training.plan import plan
+
+        if not json:
+            stdout.print(dump_recipe(resolved), markup=False)
+        emit(plan(resolved), as_json=json)
+        return
+    from texttok_cli.training.loop import Interrupted
+    from texttok_cli.training.session import Reporter, run_training
+
+    folder = out or Path("runs") / Path(recipe).stem
+    with progress(quiet=quiet) as bar:
+        tasks: dict[str, int] = {}
+
+        def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, note="")
+            note = {"note": "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("l2", "perceptual", "lr_scale"))} if values else {}
+            bar.update(tasks[what], completed=done, **note)  # type: ignore[arg-type]
+
+        try:
+            model = run_training(
+                resolved, folder, Reporter(say if not quiet else lambda _: None, on_progress), offline=offline, cpu=device == "cpu"
+            )
+        except Interrupted as stop:
+            say(f"texttok: {stop}")
+            raise typer.Exit(130) from None
+    emit({"model": str(model), "run": str(folder)}, as_json=json)

@@ -1,0 +1,142 @@
+"""Recipes: YAML files that extend one another, with `key=value` overrides from the command line. Free of torch."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from texttok_cli.config.schema import Recipe
+from texttok_cli.errors import RecipeError
+
+# A mapping that changes one of these is another thing: it replaces what it extends instead of being merged into it.
+DISCRIMINATORS = ("source", "kind", "size")
+
+
+def recipes_root() -> Path:
+    """Folder of the recipes that come with the package: inside the wheel, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names that `load_recipe` finds by themselves, such as `tiny/texttok-32-128`."""
+    root = recipes_root()
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("base/"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or bundled name, apply `a.b=value` overrides, and check every key.
+
+    Raises RecipeError with one line per mistake, each naming the file, the key and, for a misspelt one, the likely key.
+    """
+    path = _find(name)
+    data = _read(path)
+    for override in overrides:
+        data = merge(data, _parse_override(override))
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as err:
+        where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+        raise RecipeError("\n".join(f"{where}: {_explain(e)}" for e in err.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def merge(base: Any, change: Any) -> Any:
+    """Mappings are merged key by key; anything else, or a mapping with another discriminator, is replaced."""
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    if any(key in change and key in base and base[key] != change[key] for key in DISCRIMINATORS):
+        return change
+    return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
+
+
+def _find(name: str) -> Path:
+    candidates = [Path(name), recipes_root() / name, recipes_root() / f"{name}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the package has: {', '.join(recipe_names())}"
+    raise RecipeError(f"{name}: no such recipe, neither a file nor one that comes with texttok; {hint}")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file with what it extends merged underneath."""
+    if path in seen:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(err).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a {type(data).__name__}")
+    parents = data.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = merge(merged, _read(_find_parent(parent, path), (*seen, path)))
+    return merge(merged, data)  # type: ignore[no-any-return]
+
+
+def _find_parent(name: str, child: Path) -> Path:
+    for path in (child.parent / name, recipes_root() / name):
+        file = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+        if file.is_file():
+            return file
+    raise RecipeError(f"{child}: extends {name!r}, which is neither beside it nor among the recipes of texttok")
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"override {text!r}: write it as key.subkey=value, for example training.batch_size=64")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {text!r}: the value is not readable as YAML; quote it") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed  # type: ignore[no-any-return]
+
+
+def _explain(error: Any) -> str:
+    keys, names = _walk(tuple(str(part) for part in error["loc"]))
+    where = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(names)}"
+        return f"unknown key {where!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] == "missing" or isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return f"{where or 'recipe'}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _walk(loc: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """A pydantic location without the tags of unions, and the keys that the schema knows beside its last one."""
+    models: list[type[BaseModel]] = [Recipe]
+    keys: list[str] = []
+    for part in loc[:-1]:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields or part.isdigit():
+            keys.append(part)
+        models = [m for f in fields for m in _models_in(f.annotation)] or models
+    return [*keys, *loc[-1:]], sorted({name for m in models for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return [m for arg in get_args(annotation) for m in _models_in(arg)]
+    return []

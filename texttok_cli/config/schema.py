@@ -1,0 +1,214 @@
+"""The one schema: what a recipe says, a model is built from and a checkpoint's header carries.
+
+Free of torch, so that the command line and the recipe tests start at once. Unknown keys are errors everywhere.
+Defaults are the paper's; their sources stand beside them ([I] inferred, as the recipes' notes say).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ------------------------------------------------------------------ models
+
+
+class Backbone(Config):
+    """The transformer of each half (tokenizer and detokenizer have the same)."""
+
+    depth: int = Field(ge=1, le=256)
+    width: int = Field(ge=8, le=16384)
+    heads: int = Field(ge=1, le=256)
+    mlp_ratio: float = Field(4.0, gt=0, le=16)
+    qk_norm: bool = False
+    # vit: everything N(0, 0.02), as ViT. scaled: linears by fan-in, positions and learnable tokens N(0, 0.5), residual
+    # branches and pixels zero; the latents carry something after 1,000 images instead of 10,000 (no paper's setting).
+    init: Literal["vit", "scaled"] = "vit"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Backbone:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+# Table 4e: depth of each half, width, heads.
+SIZES = {
+    "S": {"depth": 8, "width": 512, "heads": 8},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+}
+
+
+def _expand_size(value: Any) -> Any:
+    """`S`, or `{size: S, qk_norm: true}`, -> the three numbers of that size plus what else was said."""
+    if isinstance(value, str):
+        value = {"size": value}
+    if isinstance(value, dict) and "size" in value:
+        value = dict(value)
+        size = value.pop("size")
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        value = {**SIZES[size], **value}
+    return value
+
+
+class TextEncoderConfig(Config):
+    """Which frozen text encoder made the text tokens."""
+
+    kind: Literal["minilm", "t5", "hash"] = "minilm"
+    name: str | None = None  # t5: hub name or local path, e.g. google/t5-v1_1-xl (Sec. 4.1: XL at 256 px, XXL at 512 px)
+    dim: int = Field(384, ge=1, le=65536)  # width of its token states: MiniLM 384, T5 v1.1 XL 2048, XXL 4096
+    max_tokens: int = Field(128, ge=1, le=4096)  # Sec. 4.1
+    precision: Literal["fp32", "bf16"] = "fp32"  # fp16 overflows in T5's feed-forward
+
+    @model_validator(mode="after")
+    def _t5_has_a_name(self) -> TextEncoderConfig:
+        if (self.kind == "t5") != (self.name is not None):
+            raise ValueError("name (hub name or local path) goes with kind t5, and t5 needs it")
+        return self
+
+
+class Placement(Config):
+    """How and where a condition enters (Table 4c, 4d)."""
+
+    mode: Literal["in_context", "cross_attention"] = "in_context"
+    where: Literal["both", "tokenizer", "detokenizer"] = "both"
+
+
+class NoCondition(Config):
+    """Baseline (w/o text)."""
+
+    source: Literal["none"] = "none"
+
+
+class ClassEmbedding(Placement):
+    """One learned vector a class (Table 4a)."""
+
+    source: Literal["class_embedding"]
+    num_classes: int = Field(ge=1, le=1_000_000)
+
+
+class TextCondition(Placement):
+    """Text tokens: of a class name put into a template, or of the image's caption (Table 4a, 4b)."""
+
+    source: Literal["class_text", "caption"]
+    encoder: TextEncoderConfig = TextEncoderConfig()
+
+
+ConditionConfig = Annotated[NoCondition | ClassEmbedding | TextCondition, Field(discriminator="source")]
+
+
+class ContinuousBottleneck(Config):
+    """The paper's: a linear projection to d channels; no KL, no quantizer (Sec. 3.2)."""
+
+    kind: Literal["continuous"] = "continuous"
+
+
+class TokenizerConfig(Config):
+    """TexTok (Sec. 3.2), or with `condition: {source: none}` its Baseline."""
+
+    image_size: int = Field(256, ge=8, le=8192)
+    patch_size: int = Field(8, ge=1, le=1024)  # [I] 8 at 256 px, 16 at 512 px
+    num_tokens: int = Field(32, ge=1, le=65536)
+    latent_dim: int = Field(8, ge=1, le=4096)  # Sec. 4.1
+    backbone: Annotated[Backbone, BeforeValidator(_expand_size)] = Field("B", validate_default=True)  # type: ignore[assignment]
+    bottleneck: ContinuousBottleneck = ContinuousBottleneck()
+    condition: ConditionConfig = NoCondition()
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> TokenizerConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one image, h*w."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+# ------------------------------------------------------------------ training
+
+
+class DataConfig(Config):
+    """What to train on. Paths may hold globs and braces: `shards/train-{0000..0009}.tar`."""
+
+    train: list[str]
+    val: list[str] = []
+    captions: str | None = None  # a captions.jsonl that overrides what stands beside the images
+    caption_field: str | None = None  # key in a shard's .json: measured, captions, longest, ...
+    flip: bool = True
+    cache: bool = False  # keep the decoded images in memory (uint8)
+    workers: int = Field(4, ge=0, le=256)
+
+
+class PerceptualLoss(Config):
+    """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
+
+    net: Literal["stlpips-alex", "stlpips-vgg"] = "stlpips-vgg"
+    weight: float = Field(0.1, ge=0)  # [I] appendix as transcribed by a public config; MAGVIT App. B.2
+    start: int = Field(0, ge=0)  # optimizer step from which it counts
+
+
+class Objective(Config):
+    """Losses on images in [0, 1]."""
+
+    l2: float = Field(1.0, ge=0)
+    perceptual: PerceptualLoss | None = PerceptualLoss()
+
+
+class OptimizerConfig(Config):
+    """Adam as in the paper's recipes [I], or Muon for the blocks' matrices with AdamW for the rest."""
+
+    kind: Literal["adam", "adamw", "muon"] = "adam"
+    lr: float = Field(1e-4, gt=0)  # [I]
+    betas: tuple[float, float] = (0.0, 0.99)  # [I] MAGVIT
+    weight_decay: float = Field(0.0, ge=0)
+    muon_lr: float = Field(0.02, gt=0)  # kind muon: the matrices' rate; lr is then everything else's
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    grad_clip: float | None = Field(None, gt=0)  # by global norm
+
+
+class ScheduleConfig(Config):
+    """Learning rate as a function of the optimizer step: warm-up, then cosine or constant-then-linear, to zero."""
+
+    steps: int = Field(ge=1)
+    warmup: int = Field(0, ge=0)
+    decay: Literal["cosine", "linear"] = "cosine"
+    decay_fraction: float = Field(1.0, gt=0, le=1)  # the last part of the steps in which the rate falls
+
+
+class TrainConfig(Config):
+    """The run itself."""
+
+    seed: int = 0
+    batch_size: int = Field(256, ge=1)  # [I] global: over all processes
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    ema: float = Field(0.999, ge=0, lt=1)  # [I]
+    text_cache: bool = False  # embed every caption once, to disk, before training
+    log_every: int = Field(50, ge=1)
+    save_every: int = Field(5000, ge=1)
+    val_every: int = Field(5000, ge=1)
+    val_images: int = Field(512, ge=1)
+
+
+class Recipe(Config):
+    """All that `texttok train` needs to know."""
+
+    task: Literal["tokenizer"] = "tokenizer"
+    reproduces: str = ""  # which table of the paper, or what else this recipe is for
+    model: TokenizerConfig
+    data: DataConfig
+    objective: Objective = Objective()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    training: TrainConfig = TrainConfig()

@@ -1,0 +1,64 @@
+"""What a person sees: messages and progress on stderr, results on stdout (as JSON where asked)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+stdout = Console(soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line to stderr."""
+    stderr.print(message, markup=False)
+
+
+def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The command's result to stdout: one JSON object, or a two-column table."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table.grid(padding=(0, 2))
+    for key, value in result.items():
+        table.add_row(Text(key.replace("_", " "), style="bold"), Text(_readable(value)))
+    stdout.print(table)
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """Progress bars on stderr with rate and time left; none when quiet."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+    with Progress(*columns, console=stderr, disable=quiet, transient=False) as bar:
+        yield bar
+
+
+class _Rate(ProgressColumn):
+    """Finished items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,22 @@
+"""Images and what is known of them: sources, pixels, batches."""
+
+from texttok_cli.data.images import center_crop, load_image, normalize, to_tensor, to_uint8
+from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
+from texttok_cli.data.sources import Dataset, Item, Skipped, open_dataset
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "EvalBatch",
+    "Item",
+    "SampleStream",
+    "Skipped",
+    "TrainLoader",
+    "center_crop",
+    "eval_batches",
+    "load_image",
+    "normalize",
+    "open_dataset",
+    "to_tensor",
+    "to_uint8",
+]

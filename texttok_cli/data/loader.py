@@ -1,0 +1,197 @@
+"""Batches: an exactly repeatable stream for training, and one ordered pass for everything else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from texttok_cli.data.images import center_crop, load_image, to_tensor
+from texttok_cli.data.sources import Dataset
+from texttok_cli.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images uint8 (B, 3, S, S), flipped where the stream says so, and their indices (B,) int64 into the dataset."""
+
+    images: Tensor
+    indices: Tensor
+
+
+class SampleStream:
+    """The endless order of training samples: permutations of n, one an epoch, and a flip for each sample.
+
+    Both are functions of (seed, epoch, sample index) alone, so position `p` means the same sample for any batch size,
+    number of workers or processes, and after any interruption.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self._epoch = n, seed, -1
+        self._order = self._flips = torch.empty(0)
+
+    def __getitem__(self, position: int) -> tuple[int, bool]:
+        """(dataset index, flip) of the sample at this position."""
+        epoch, place = divmod(position, self.n)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(self.n, generator=generator)
+            self._flips = torch.rand(self.n, generator=generator) < 0.5
+            self._epoch = epoch
+        index = int(self._order[place])
+        return index, bool(self._flips[index])
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """The dataset index that stands in for a damaged image at this position, at the given attempt (1, 2, ...)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position * 101 + attempt)
+        return int(torch.randint(self.n, (1,), generator=generator))
+
+
+class TrainLoader:
+    """Training batches of one process; `damaged` lists images that could not be read and were replaced by others.
+
+    `batch_size` is this process's; every global batch is split by rank, so the stream does not depend on the number of
+    processes. With `cache` the decoded images stay in memory as uint8.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        workers: int = 0,
+        cache: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not len(dataset):
+            raise DataError("no training images")
+        self.samples = _Samples(dataset, image_size, flip, seed, cache)
+        self.batch_size, self.workers, self.rank, self.world_size = batch_size, workers, rank, world_size
+        self.damaged: dict[str, str] = {}
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Endless batches, from the `start`-th global one on. DataError when ten images in a row are unreadable."""
+        sampler = _Positions(self.batch_size, start, self.rank, self.world_size)
+        loader = DataLoader(self.samples, batch_sampler=sampler, num_workers=self.workers, collate_fn=list)
+        for samples in loader:
+            for sample in samples:
+                self.damaged.update(sample.damaged)
+            yield Batch(torch.stack([s.image for s in samples]), torch.tensor([s.index for s in samples]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    image: Tensor
+    index: int
+    damaged: dict[str, str]
+
+
+class _Positions(Sampler[list[int]]):
+    """Stream positions of this rank's part of every global batch."""
+
+    def __init__(self, batch_size: int, start: int, rank: int, world_size: int) -> None:
+        self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.start
+        while True:
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            batch += 1
+
+
+class _Samples(TorchDataset[_Sample]):
+    """Stream position -> decoded, cropped, flipped image."""
+
+    def __init__(self, dataset: Dataset, image_size: int, flip: bool, seed: int, cache: bool) -> None:
+        self.dataset, self.image_size, self.flip = dataset, image_size, flip
+        self.stream = SampleStream(len(dataset), seed)
+        self.cache: dict[int, Tensor] | None = {} if cache else None
+
+    def __getitem__(self, position: int) -> _Sample:
+        index, flip = self.stream[position]
+        damaged: dict[str, str] = {}
+        for attempt in range(1, 11):
+            try:
+                image = self._image(index)
+            except DataError as err:
+                damaged[self.dataset.items[index].id] = str(err)
+                index = self.stream.substitute(position, attempt)
+            else:
+                return _Sample(image.flip(2) if flip and self.flip else image, index, damaged)
+        raise DataError(f"ten training images in a row are unreadable, the last: {next(reversed(damaged.values()))}")
+
+    def _image(self, index: int) -> Tensor:
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        item = self.dataset.items[index]
+        image = to_tensor(center_crop(load_image(self.dataset.read(index), name=item.id), self.image_size))
+        if self.cache is not None:
+            self.cache[index] = image
+        return image
+
+
+@dataclass(frozen=True, slots=True)
+class EvalBatch:
+    """Images uint8 (B, 3, S, S), their indices (B,), original sizes (w, h) and the sha256 of each input file's bytes."""
+
+    images: Tensor
+    indices: Tensor
+    sizes: list[tuple[int, int]]
+    input_sha256: list[str]
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    image_size: int,
+    batch_size: int,
+    on_error: Callable[[str, str], None],
+    indices: Sequence[int] | None = None,
+    wanted: Callable[[int, str], bool] | None = None,
+) -> Iterator[EvalBatch]:
+    """One pass in order, over all items or those `indices`; unreadable images go to `on_error(id, reason)` and are left out.
+
+    `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on two
+    threads, at most two batches ahead.
+    """
+
+    def load(index: int) -> tuple[int, Tensor, tuple[int, int], str] | DataError | None:
+        try:
+            data = dataset.read(index)
+            digest = hashlib.sha256(data).hexdigest()
+            if wanted is not None and not wanted(index, digest):
+                return None
+            image = load_image(data, name=dataset.items[index].id)
+            return index, to_tensor(center_crop(image, image_size)), image.size, digest
+        except DataError as err:
+            return err
+
+    todo = iter(range(len(dataset)) if indices is None else indices)
+    ready: list[tuple[int, Tensor, tuple[int, int], str]] = []
+    with ThreadPoolExecutor(2) as pool:
+        pending = [(i, pool.submit(load, i)) for i in islice(todo, 2 * batch_size)]
+        while pending:
+            index, future = pending.pop(0)
+            pending += [(i, pool.submit(load, i)) for i in islice(todo, 1)]
+            loaded = future.result()
+            if isinstance(loaded, DataError):
+                item_id = dataset.items[index].id
+                on_error(item_id, str(loaded).removeprefix(f"{item_id}: "))
+            elif loaded is not None:
+                ready.append(loaded)
+            if ready and (len(ready) == batch_size or not pending):
+                numbers, images, sizes, digests = zip(*ready, strict=True)
+                yield EvalBatch(torch.stack(images), torch.tensor(numbers), list(sizes), list(digests))
+                ready = []

@@ -1,0 +1,215 @@
+"""Images and text to latents and back, with a model loaded from a file: what the commands and the Python API share.
+
+Letters: B batch, N latent tokens, d latent channels, S image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
+from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig
+from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_tensor, to_uint8
+from texttok_cli.errors import BackendError, CheckpointError, DataError
+from texttok_cli.files import sha256_file
+from texttok_cli.models.condition import Condition
+from texttok_cli.models.tokenizer import TexTok
+from texttok_cli.text import EmbeddingCache, load_text_encoder
+
+CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
+PRETRAINED = Path(__file__).parent / "pretrained"
+DEFAULT_MODEL = "texttok-32-128"
+NO_CAPTION_HELP = (
+    "this model is conditioned on text: give --caption or --captions, make captions with `texttok caption`,"
+    " use --no-caption, or take the twin without text (--model baseline-32-128)"
+)
+
+ImageLike = str | Path | Image.Image
+
+
+class Tokenizer:
+    """A loaded TexTok with its frozen text encoder: images and captions to latents and back."""
+
+    def __init__(self, model: TexTok, info: ModelInfo, text: EmbeddingCache | None, *, precision: Literal["fp32", "bf16"]) -> None:
+        self.model, self.info, self.text, self.precision = model, info, text, precision
+        self.cfg: TokenizerConfig = model.cfg
+        self.device = model.latent_mean.device
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a caption is needed."""
+        return isinstance(self.cfg.condition, TextCondition)
+
+    def encode(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
+        """Images to raw latents (B, N, d) float32 on the CPU.
+
+        Images are paths or PIL images, one or several, cropped square and resized as the ADM protocol does; or a uint8
+        tensor (B, 3, S, S). A model with text takes as many captions as images ("" is the empty condition), one without
+        takes none. Raises DataError for an unreadable image and for captions that don't match.
+        """
+        pixels = images if isinstance(images, Tensor) else _as_batch(images, self.cfg.image_size)
+        cond = self._condition(captions, len(pixels))
+        with torch.inference_mode(), self._autocast():
+            z = self.model.encode(normalize(pixels.to(self.device)), cond).z
+        return z.float().cpu()
+
+    def decode(self, z: Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
+        """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU."""
+        cond = self._condition(captions, len(z))
+        with torch.inference_mode(), self._autocast():
+            images = self.model.decode(z.to(self.device), cond)
+        return to_uint8(images.float()).cpu()
+
+    def _condition(self, captions: str | Sequence[str] | None, n: int) -> Condition | None:
+        if self.text is None:
+            if captions is not None:
+                raise DataError(f"{self.info.name}: takes no captions; it is a tokenizer without text")
+            return None
+        if captions is None:
+            raise DataError(f"{self.info.name}: {NO_CAPTION_HELP}")
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        if len(texts) != n:
+            raise DataError(f"{n} images and {len(texts)} captions: give one caption an image")
+        return self.text(texts).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def load_tokenizer(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    offline: bool = False,
+) -> Tokenizer:
+    """A tokenizer by bundled name, path or `hf://owner/name`, ready to encode and decode.
+
+    Raises CheckpointError for a model that is not there or not whole, BackendError for a device or text encoder that isn't.
+    """
+    where = pick_device(device)
+    net, info = load_tokenizer_file(find_model(model, offline=offline), device=where)
+    cond = net.cfg.condition
+    if isinstance(cond, TextCondition):
+        text = EmbeddingCache(load_text_encoder(cond.encoder, device=where, offline=offline))
+    elif isinstance(cond, NoCondition):
+        text = None
+    else:
+        raise CheckpointError(f"{info.name}: is conditioned on class embeddings, an ablation that is trained and measured but not served")
+    return Tokenizer(net, info, text, precision=precision)
+
+
+def bundled_models() -> dict[str, Path]:
+    """Models that come with the package, by name."""
+    return {path.stem: path for path in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
+def find_model(model: str | Path, *, offline: bool = False) -> Path:
+    """The file of a bundled name, a path or `hf://owner/name`. CheckpointError names what there is."""
+    name = str(model)
+    if name.startswith("hf://"):
+        return _from_hub(name.removeprefix("hf://"), offline=offline)
+    bundled = bundled_models()
+    if name in bundled:
+        return bundled[name]
+    if Path(name).is_file():
+        return Path(name)
+    raise CheckpointError(f"{name}: no such model; bundled are {', '.join(bundled) or 'none'}; or give a file or hf://owner/name")
+
+
+def find_model_by_hash(sha256: str, name: str) -> Path:
+    """The bundled model that a token file names. CheckpointError says which model to bring."""
+    for path in bundled_models().values():
+        if sha256_file(path) == sha256:
+            return path
+    raise CheckpointError(f"made with model {name} (sha256 {sha256[:12]}...), which is not bundled: give its file with --model")
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. BackendError for a device this machine or build does not have."""
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if not has.get(device.partition(":")[0], False):
+        raise BackendError(f"--device {device}: not available here; use --device cpu")
+    return torch.device(device)
+
+
+def texts_for(items: Sequence[Item], cond: TextCondition) -> list[str]:
+    """The text of each image: its caption, or its class put into a template. DataError names an image that has none."""
+    return [_text_of(item, cond) for item in items]
+
+
+def _text_of(item: Item, cond: TextCondition) -> str:
+    if cond.source == "class_text" and item.class_name is not None:
+        return CLASS_TEXT.format(item.class_name.rpartition("/")[2])
+    if item.caption is None:
+        raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
+    return item.caption
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Latents of some images of a dataset: z (B, N, d) float32, and per image its index, text, original (w, h) and input hash."""
+
+    z: Tensor
+    indices: list[int]
+    captions: list[str] | None
+    sizes: list[tuple[int, int]]
+    input_sha256: list[str]
+
+
+def encode_dataset(
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    captions: Sequence[str] | None,
+    *,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    on_error: Callable[[str, str], None],
+) -> Iterator[Encoded]:
+    """Encode a dataset (or those `indices` of it) in order, batch by batch; a damaged image goes to `on_error` and is left out.
+
+    `captions` holds a text for every item of the dataset, or None for a model without text.
+    """
+    batches = eval_batches(dataset, image_size=tokenizer.cfg.image_size, batch_size=batch_size, indices=indices, on_error=on_error)
+    for batch in batches:
+        chosen = batch.indices.tolist()
+        texts = None if captions is None else [captions[i] for i in chosen]
+        yield Encoded(tokenizer.encode(batch.images, texts), chosen, texts, batch.sizes, batch.input_sha256)
+
+
+def _as_batch(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
+    """Paths or PIL images -> uint8 (B, 3, S, S)."""
+    listed = [images] if isinstance(images, str | Path | Image.Image) else images
+    return torch.stack([to_tensor(center_crop(_open(image), size)) for image in listed])
+
+
+def _open(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return load_image(Path(image).read_bytes(), name=str(image))
+
+
+def _from_hub(repo: str, *, offline: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, "model.safetensors", local_files_only=offline))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as err:
+        reason = " ".join(str(err).split())
+        raise CheckpointError(f"hf://{repo}: model.safetensors could not be had: {reason}") from None
+
+
+def sha256_of(data: bytes) -> str:
+    """Hex digest of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,59 @@
+"""The `texttok` command: registers the commands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from texttok_cli import __version__
+from texttok_cli.commands.decode import decode
+from texttok_cli.commands.encode import encode
+from texttok_cli.commands.train import train
+from texttok_cli.errors import TextTokError
+
+app = typer.Typer(
+    help="Language-guided image tokenization: images and their captions to a few tokens and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(encode)
+app.command()(decode)
+app.command()(train)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"texttok {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Language-guided image tokenization: images and their captions to a few tokens and back."""
+
+
+def main() -> None:
+    """Run the command line; a person's mistake becomes one line on stderr and exit code 1, 2 for a usage error."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("TEXTTOK_DEBUG"))
+    try:
+        app()
+    except TextTokError as err:
+        if debug:
+            raise
+        print(f"texttok: {err}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as err:
+        if debug:
+            raise
+        print(f"texttok: {err.filename or 'file system'}: {err.strerror or err}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""The models: TexTok and its parts."""

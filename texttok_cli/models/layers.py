@@ -1,0 +1,110 @@
+"""The transformer block: self-attention, optional cross-attention, MLP; pre-norm, as in ViT.
+
+Letters: B batch, L sequence, K kept tokens, T condition tokens, D width, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from texttok_cli.config.schema import Backbone
+
+ALL = slice(None)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; queries may be taken from some tokens only (`keep`), keys and values from all.
+
+    Optional QK-normalisation is an RMSNorm over each head's channels.
+    """
+
+    def __init__(self, cfg: Backbone) -> None:
+        super().__init__()
+        self.heads = cfg.heads
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.width)
+        self.norm_q, self.norm_k = _qk_norms(cfg)
+
+    def forward(self, x: Tensor, mask: Tensor | None, keep: slice = ALL) -> Tensor:
+        """x (B, L, D), mask (B, L) bool of real keys -> (B, K, D) for the K tokens in `keep`."""
+        if keep == ALL:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D) each
+        else:
+            w_q, w_kv = self.qkv.weight.tensor_split([x.shape[-1]])
+            b_q, b_kv = self.qkv.bias.tensor_split([x.shape[-1]])
+            q = F.linear(x[:, keep], w_q, b_q)  # (B, K, D)
+            k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=-1)  # (B, L, D) each
+        q, k, v = (_split_heads(t, self.heads) for t in (q, k, v))  # (B, H, ., E)
+        y = attend(self.norm_q(q), self.norm_k(k), v, mask)
+        return self.out(y)  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to a condition (Table 4c's alternative to in-context conditioning)."""
+
+    def __init__(self, cfg: Backbone) -> None:
+        super().__init__()
+        self.heads = cfg.heads
+        self.q = nn.Linear(cfg.width, cfg.width)
+        self.kv = nn.Linear(cfg.width, 2 * cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.width)
+        self.norm_q, self.norm_k = _qk_norms(cfg)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, L, D), condition tokens (B, T, D), mask (B, T) -> (B, L, D); a row with no real token adds nothing."""
+        q = _split_heads(self.q(x), self.heads)
+        k, v = (_split_heads(t, self.heads) for t in self.kv(tokens).chunk(2, dim=-1))  # (B, H, T, E)
+        if mask is None:
+            return self.out(attend(self.norm_q(q), self.norm_k(k), v, None))  # type: ignore[no-any-return]
+        has_text = mask.any(dim=1, keepdim=True)  # (B, 1)
+        # A softmax over no keys is NaN, in the gradient too: such a row attends to its padding and is then dropped.
+        y = self.out(attend(self.norm_q(q), self.norm_k(k), v, mask | ~has_text))
+        return torch.where(has_text[..., None], y, torch.zeros((), dtype=y.dtype, device=y.device))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `keep` drops the tokens nobody reads any more (used in the last block)."""
+
+    def __init__(self, cfg: Backbone, *, cross: bool) -> None:
+        super().__init__()
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        self.norm1 = nn.LayerNorm(cfg.width)
+        self.attn = Attention(cfg)
+        self.norm_cross = nn.LayerNorm(cfg.width) if cross else None
+        self.cross = CrossAttention(cfg) if cross else None
+        self.norm2 = nn.LayerNorm(cfg.width)
+        self.mlp = nn.Sequential(nn.Linear(cfg.width, hidden), nn.GELU(), nn.Linear(hidden, cfg.width))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, text: Tensor | None = None, text_mask: Tensor | None = None, keep: slice = ALL
+    ) -> Tensor:
+        """x (B, L, D) with real keys `mask` (B, L), cross-attended tokens `text` (B, T, D) -> (B, K, D)."""
+        x = x[:, keep] + self.attn(self.norm1(x), mask, keep)
+        if self.cross is not None and self.norm_cross is not None and text is not None:
+            x = x + self.cross(self.norm_cross(x), text, text_mask)
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+    def residual_outputs(self) -> list[nn.Linear]:
+        """The last linear of each residual branch."""
+        outputs = [self.attn.out, self.mlp[2]]
+        return outputs if self.cross is None else [*outputs, self.cross.out]  # type: ignore[list-item]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention: q (B, H, L, E), k and v (B, H, S, E), mask (B, S) of real keys -> (B, L, H*E)."""
+    key_mask = None if mask is None else mask[:, None, None, :]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, E)
+
+
+def _qk_norms(cfg: Backbone) -> tuple[nn.Module, nn.Module]:
+    if not cfg.qk_norm:
+        return nn.Identity(), nn.Identity()
+    size = cfg.width // cfg.heads
+    return nn.RMSNorm(size, eps=1e-6), nn.RMSNorm(size, eps=1e-6)

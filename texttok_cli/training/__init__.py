@@ -1,0 +1,1 @@
+"""Training: one loop over Accelerate; a task owns what a step is."""

@@ -1,0 +1,50 @@
+"""Optimizers and the learning rate as a function of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from texttok_cli.config.schema import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], cfg: OptimizerConfig) -> list[Optimizer]:
+    """The optimizers of a model; `matrices` are the hidden weight matrices among its parameters.
+
+    kind muon: Muon (Jordan et al. 2024, torch.optim.Muon: momentum orthogonalised by Newton-Schulz) for the matrices
+    and AdamW for all else. Every group keeps its rate at scale 1 in `base_lr`.
+    """
+    if cfg.kind == "muon":
+        muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.weight_decay)
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in chosen]
+        optimizers: list[Optimizer] = [muon, torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)]
+    else:
+        kind = torch.optim.Adam if cfg.kind == "adam" else torch.optim.AdamW
+        optimizers = [kind(parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_scale(step: int, cfg: ScheduleConfig) -> float:
+    """Factor in [0, 1] on every learning rate at optimizer step `step` (0 is the first)."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    begin = max(cfg.warmup, round(cfg.steps * (1 - cfg.decay_fraction)))
+    if step < begin:
+        return 1.0
+    progress = (step - begin) / max(1, cfg.steps - begin)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if cfg.decay == "cosine" else 1 - progress
+
+
+def set_lr(optimizers: Sequence[Optimizer], scale: float) -> None:
+    """Set every group's rate to `scale` times its base."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group["base_lr"]

@@ -1,0 +1,44 @@
+"""What a recipe will cost, worked out without allocating anything (meta tensors)."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from texttok_cli.config.schema import Recipe, TextCondition, TokenizerConfig
+from texttok_cli.models.condition import Condition
+from texttok_cli.models.tokenizer import TexTok
+
+STATE_COPIES = {"adam": 4, "adamw": 4, "muon": 3}  # fp32 copies: weights, EMA, and the optimizer's one or two moments
+
+
+def plan(recipe: Recipe) -> dict[str, float | int | str]:
+    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe."""
+    model, forward = count_flops(recipe.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    images = recipe.schedule.steps * recipe.training.batch_size
+    return {
+        "parameters_M": parameters / 1e6,
+        "forward_GFLOP_per_image": forward / 1e9,
+        "training_GFLOP_per_image": 3 * forward / 1e9,
+        "optimizer_steps": recipe.schedule.steps,
+        "images_seen": images,
+        "training_EFLOP": 3 * forward * images / 1e18,
+        "state_GB": 4 * parameters * (STATE_COPIES[recipe.optimizer.kind] + 1) / 1e9,  # + gradients
+        "token_bytes_per_image_fp16": 2 * recipe.model.num_tokens * recipe.model.latent_dim,
+    }
+
+
+def count_flops(cfg: TokenizerConfig) -> tuple[TexTok, int]:
+    """The model on the meta device, and the FLOPs of encoding and decoding one image with all text tokens real."""
+    with torch.device("meta"):
+        model = TexTok(cfg)
+        images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
+        cond, class_ids = None, None
+        if isinstance(cfg.condition, TextCondition):
+            cond = Condition(torch.empty(1, cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim))
+        elif model.classes is not None:
+            class_ids = torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images, cond, class_ids)
+    return model, counter.get_total_flops()

@@ -1,0 +1,117 @@
+"""The run folder: resolved recipe, metrics.jsonl, and the training state an interrupted run goes on from.
+
+OUT/recipe.yaml              what is being trained; another recipe in the same folder is refused
+OUT/metrics.jsonl            one JSON object a line
+OUT/state/step-00000500/     safetensors + JSON, written under another name and renamed when whole
+OUT/model.safetensors        the EMA weights: what `texttok encode --model` takes
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.optim import Optimizer
+
+from texttok_cli.config.loader import dump_recipe
+from texttok_cli.config.schema import Recipe
+from texttok_cli.errors import CheckpointError, RecipeError
+from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
+
+
+class RunFolder:
+    """Where one run keeps everything; made on the main process, read by all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model_path = path / "model.safetensors"
+        self.metrics_path = path / "metrics.jsonl"
+        self.state_path = path / "state"
+
+    def open(self, recipe: Recipe) -> None:
+        """Create the folder, or go on in it; RecipeError if it was made by another recipe."""
+        text, file = dump_recipe(recipe), self.path / "recipe.yaml"
+        if file.exists():
+            old = file.read_text(encoding="utf-8")
+            if old != text:
+                keys = _differing_keys(yaml.safe_load(old), yaml.safe_load(text))
+                raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")
+            return
+        with atomic_path(file) as tmp:
+            tmp.write_text(text, encoding="utf-8")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics_path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop lines after `step`: the run goes on from there and writes them again."""
+        if not self.metrics_path.exists():
+            return
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        with atomic_path(self.metrics_path) as tmp:
+            tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+
+    def save_state(self, step: int, tensors: dict[str, Tensor], optimizers: list[Optimizer]) -> None:
+        """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""
+        folder = self.state_path / f"step-{step:08d}"
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        state = {**tensors, **{k: v for i, o in enumerate(optimizers) for k, v in _optimizer_tensors(o, i).items()}}
+        save_safetensors(partial / "state.safetensors", state, {"texttok_state": 1, "step": step})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        for old in self._states():
+            if old != folder:
+                shutil.rmtree(old)
+
+    def load_state(self, optimizers: list[Optimizer]) -> tuple[int, dict[str, Tensor]]:
+        """(step, tensors) of the newest state, with the optimizers filled; (0, {}) in a new folder."""
+        states = self._states()
+        if not states:
+            return 0, {}
+        meta, tensors = load_safetensors(states[-1] / "state.safetensors", error=CheckpointError)
+        for i, optimizer in enumerate(optimizers):
+            _restore_optimizer(optimizer, i, tensors)
+        return int(meta["step"]), {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+
+    def _states(self) -> list[Path]:
+        return sorted(p for p in self.state_path.glob("step-*") if p.suffix != ".partial")
+
+
+def _optimizer_tensors(optimizer: Optimizer, index: int) -> dict[str, Tensor]:
+    """Flat name -> tensor; groups are not saved: the recipe rebuilds them and the rate is a function of the step."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{index}.{p}.{name}": torch.as_tensor(v) for p, values in state.items() for name, v in values.items()}
+
+
+def _restore_optimizer(optimizer: Optimizer, index: int, tensors: Mapping[str, Tensor]) -> None:
+    prefix = f"optimizer.{index}."
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            parameter, _, name = key.removeprefix(prefix).partition(".")
+            state.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line).get("step", 0))
+    except json.JSONDecodeError:  # the last line of a killed run
+        return float("inf")
+
+
+def _differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [prefix]
+    keys = list(dict.fromkeys([*a, *b]))
+    return [key for k in keys for key in _differing_keys(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else str(k))]
