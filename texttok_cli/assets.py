@@ -152,8 +152,7 @@ def _checked(path: Path, asset: Asset) -> Path:
 
         digest = sha256_file(path)
         if digest != asset.sha256:
-            raise BackendError(
-                f"{asset.what}: {path} has sha256 {digest[:12]}... instead of {asset.sha256[:12]}...: remove it, or install {asset.package} anew"
-            )
+            what = f"has sha256 {digest[:12]}... instead of {asset.sha256[:12]}..."
+            raise BackendError(f"{asset.what}: {path} {what}: remove it, or install {asset.package} anew")
         _verified.add(key)
     return path

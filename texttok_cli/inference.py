@@ -5,9 +5,7 @@ Letters: B batch, N latent tokens, d latent channels, S image size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +21,7 @@ from texttok_cli.files import sha256_file
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
+from texttok_cli.tokens import FORMAT, TokenDtype, TokenHeader, Tokens
 
 CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -44,9 +43,9 @@ class Tokenizer:
         self.device = model.latent_mean.device
 
     @property
-    def takes_text(self) -> bool:
-        """Whether a caption is needed."""
-        return isinstance(self.cfg.condition, TextCondition)
+    def text_condition(self) -> TextCondition | None:
+        """How text conditions this model; None for one without text."""
+        return self.cfg.condition if isinstance(self.cfg.condition, TextCondition) else None
 
     def encode(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
         """Images to raw latents (B, N, d) float32 on the CPU.
@@ -125,12 +124,12 @@ def find_model(model: str | Path, *, offline: bool = False) -> Path:
     raise CheckpointError(f"{name}: no such model; bundled are {', '.join(bundled) or 'none'}; or give a file or hf://owner/name")
 
 
-def find_model_by_hash(sha256: str, name: str) -> Path:
-    """The bundled model that a token file names. CheckpointError says which model to bring."""
+def find_model_by_hash(sha256: str, name: str, tokens: Path) -> Path:
+    """The bundled model that the file `tokens` names. CheckpointError says which model to bring."""
     for path in bundled_models().values():
         if sha256_file(path) == sha256:
             return path
-    raise CheckpointError(f"made with model {name} (sha256 {sha256[:12]}...), which is not bundled: give its file with --model")
+    raise CheckpointError(f"{tokens}: made with model {name} (sha256 {sha256[:12]}...), which is not bundled: give its file with --model")
 
 
 def pick_device(device: str) -> torch.device:
@@ -156,35 +155,40 @@ def _text_of(item: Item, cond: TextCondition) -> str:
     return item.caption
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Latents of some images of a dataset: z (B, N, d) float32, and per image its index, text, original (w, h) and input hash."""
-
-    z: Tensor
-    indices: list[int]
-    captions: list[str] | None
-    sizes: list[tuple[int, int]]
-    input_sha256: list[str]
-
-
 def encode_dataset(
     tokenizer: Tokenizer,
     dataset: Dataset,
     captions: Sequence[str] | None,
     *,
+    dtype: TokenDtype = "fp16",
     batch_size: int,
-    indices: Sequence[int] | None = None,
     on_error: Callable[[str, str], None],
-) -> Iterator[Encoded]:
-    """Encode a dataset (or those `indices` of it) in order, batch by batch; a damaged image goes to `on_error` and is left out.
+    wanted: Callable[[int, str], bool] | None = None,
+) -> Iterator[tuple[list[int], Tokens]]:
+    """Encode a dataset in order: per batch the indices of its images and their tokens, ready to be saved as `dtype`.
 
-    `captions` holds a text for every item of the dataset, or None for a model without text.
+    `captions` holds a text for every item, or is None for a model without text. A damaged image goes to
+    `on_error(id, reason)` and is left out; `wanted(index, sha256 of the file)` may decline one before it is decoded.
     """
-    batches = eval_batches(dataset, image_size=tokenizer.cfg.image_size, batch_size=batch_size, indices=indices, on_error=on_error)
-    for batch in batches:
-        chosen = batch.indices.tolist()
-        texts = None if captions is None else [captions[i] for i in chosen]
-        yield Encoded(tokenizer.encode(batch.images, texts), chosen, texts, batch.sizes, batch.input_sha256)
+    mean, std = (v.tolist() if dtype == "int8" else None for v in (tokenizer.model.latent_mean, tokenizer.model.latent_std))
+    size = tokenizer.cfg.image_size
+    for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error, wanted=wanted):
+        indices = batch.indices.tolist()
+        texts = None if captions is None else [captions[i] for i in indices]
+        header = TokenHeader(
+            texttok_tokens=FORMAT,
+            model_name=tokenizer.info.name,
+            model_sha256=tokenizer.info.sha256,
+            dtype=dtype,
+            image_size=size,
+            ids=[dataset.items[i].id for i in indices],
+            captions=texts,
+            input_sha256=batch.input_sha256,
+            original_sizes=batch.sizes,
+            mean=mean,
+            std=std,
+        )
+        yield indices, Tokens(tokenizer.encode(batch.images, texts), header)
 
 
 def _as_batch(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
@@ -208,8 +212,3 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as err:
         reason = " ".join(str(err).split())
         raise CheckpointError(f"hf://{repo}: model.safetensors could not be had: {reason}") from None
-
-
-def sha256_of(data: bytes) -> str:
-    """Hex digest of a file's bytes."""
-    return hashlib.sha256(data).hexdigest()

@@ -212,7 +212,7 @@ class TokenFolder:
         self.index = found
         for shard in found.shards:
             header = load_token_header(self.path / shard.file)
-            captions = header.captions or [None] * len(header.ids)
+            captions: Sequence[str | None] = header.captions or [None] * len(header.ids)
             self.done.update(zip(header.ids, header.input_sha256, captions, strict=True))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,16 +20,23 @@ from texttok_cli.commands.options import (
     QuietOption,
 )
 
+if TYPE_CHECKING:
+    from texttok_cli.data import Dataset
+    from texttok_cli.inference import Tokenizer
+    from texttok_cli.tokens import Tokens
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), - for a list on stdin."),
+]
+
 
 def encode(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), or - for a list on stdin."),
-    ],
-    caption: Annotated[str | None, typer.Option(help="The caption, of one image.")] = None,
+    inputs: Inputs,
+    caption: Annotated[str | None, typer.Option(help="The caption, if the input is one image.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl.")] = None,
     caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
-    no_caption: Annotated[bool, typer.Option("--no-caption", help="Encode with the empty condition, and record that.")] = False,
+    no_caption: Annotated[bool, typer.Option("--no-caption", help="Use the empty condition, and record that.")] = False,
     out: OutOption = None,
     dtype: Annotated[Literal["fp16", "fp32", "int8"], typer.Option(help="How tokens are stored.")] = "fp16",
     model: ModelOption = "texttok-32-128",
@@ -42,7 +50,178 @@ def encode(
 ) -> None:
     """Turn images into tokens.
 
-    Image files: one IMAGE.tok.safetensors each, beside the image or in the folder OUT. Folders, manifests, shards and
-    lists: shards of tokens with an index.json in the folder OUT. What is already there with the same image, caption
-    and model is skipped.
+    An image file gives IMAGE.tok.safetensors beside it, or in the folder or as the file OUT. A folder, manifest, shard
+    or list gives shards of tokens and an index.json in the folder OUT. What is there already, made from the same image
+    and caption by the same model, is skipped: run the command again after an interruption.
     """
+    from texttok_cli.console import emit, progress, say
+    from texttok_cli.data import open_dataset
+    from texttok_cli.inference import encode_dataset, load_tokenizer
+
+    dataset = open_dataset(inputs, captions=captions, caption_field=caption_field)
+    target = _target(inputs, dataset, out)
+    tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
+    texts = _texts(tokenizer, dataset, caption=caption, no_caption=no_caption)
+    job = _Folder(target, tokenizer, dtype) if isinstance(target, Path) else _Files(target, tokenizer, dtype)
+    failed = [(entry.id, entry.reason) for entry in dataset.skipped]
+    with progress(quiet=quiet) as bar:
+        task = bar.add_task("encoding", total=len(dataset), note="")
+
+        def on_error(image_id: str, reason: str) -> None:
+            failed.append((image_id, reason))
+            bar.advance(task)
+
+        def wanted(index: int, sha256: str) -> bool:
+            new = not job.has(index, dataset.items[index].id, sha256, None if texts is None else texts[index])
+            if not new:
+                bar.advance(task)
+            return new
+
+        try:
+            parts = encode_dataset(tokenizer, dataset, texts, dtype=dtype, batch_size=batch_size, on_error=on_error, wanted=wanted)
+            for indices, tokens in parts:
+                job.add(indices, tokens)
+                bar.advance(task, len(indices))
+        finally:
+            job.finish()
+    for image_id, reason in failed:
+        say(f"skipped {image_id}: {reason}")
+    if job.cropped and not quiet:
+        say(f"{job.cropped:,} of {job.encoded:,} images are not square: the centre was taken")
+    if tokenizer.text is not None and tokenizer.text.truncated and not quiet:
+        say(f"{tokenizer.text.truncated:,} captions are longer than {tokenizer.text.max_tokens} text tokens: their end was cut off")
+    emit(_summary(job, tokenizer, len(dataset) - len(failed) + len(dataset.skipped), len(failed)), as_json=json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
+    """A folder of shards, or for image files one token file each."""
+    from texttok_cli.errors import DataError
+    from texttok_cli.tokens import SUFFIX
+
+    images_only = all(str(item.path) in inputs for item in dataset.items) and not any(item.in_shard for item in dataset.items)
+    if not images_only or "-" in inputs:
+        if out is None:
+            raise DataError("these inputs hold a data set: name the folder for its tokens with -o OUT")
+        if out.suffix == ".safetensors":
+            raise DataError(f"{out}: the tokens of a data set go into a folder, this is a file's name")
+        return out
+    if out is not None and out.suffix == ".safetensors":
+        if len(dataset) > 1:
+            raise DataError(f"{out}: is one file, and there are {len(dataset)} images; name a folder")
+        return [out]
+    files = [(out or item.path.parent) / f"{item.path.stem}{SUFFIX}" for item in dataset.items]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice}: would be written for two of the images; encode them into different folders with -o")
+    return files
+
+
+def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, no_caption: bool) -> list[str] | None:
+    """One text an image, or None for a model without text."""
+    from texttok_cli.errors import DataError
+    from texttok_cli.inference import texts_for
+
+    if tokenizer.text_condition is None:
+        if caption is not None:
+            raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption, or take a model with text")
+        return None
+    if no_caption:
+        if caption is not None:
+            raise DataError("--caption and --no-caption exclude each other")
+        return [""] * len(dataset)
+    if caption is not None:
+        if len(dataset) != 1:
+            raise DataError(f"--caption is for one image, these inputs hold {len(dataset):,}; give --captions FILE.jsonl")
+        return [caption]
+    return texts_for(dataset.items, tokenizer.text_condition)
+
+
+def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
+    """What the command reports; the ratios are to the uncompressed pixels that were encoded (24 bits each)."""
+    summary: dict[str, object] = {"out": job.where, "model": tokenizer.info.name, "images": job.encoded}
+    if readable > job.encoded:
+        summary["already_there"] = readable - job.encoded
+    if failed:
+        summary["failed"] = failed
+    if job.encoded:
+        pixels = 3 * tokenizer.cfg.image_size**2
+        summary["tokens_per_image"] = tokenizer.cfg.num_tokens
+        summary["token_bytes_per_image"] = job.token_bytes // job.encoded
+        summary["compression"] = pixels * job.encoded / job.token_bytes
+        if job.caption_bytes:
+            summary["compression_with_captions"] = pixels * job.encoded / (job.token_bytes + job.caption_bytes)
+    return summary
+
+
+class _Job:
+    """What has been encoded, and where it goes."""
+
+    def __init__(self) -> None:
+        self.encoded = self.cropped = self.token_bytes = self.caption_bytes = 0
+
+    def count(self, tokens: Tokens) -> None:
+        self.encoded += len(tokens)
+        self.cropped += sum(width != height for width, height in tokens.header.original_sizes)
+        self.token_bytes += tokens.token_bytes
+        self.caption_bytes += tokens.caption_bytes
+
+
+class _Files(_Job):
+    """One token file an image."""
+
+    def __init__(self, files: list[Path], tokenizer: Tokenizer, dtype: str) -> None:
+        super().__init__()
+        self.files, self.tokenizer, self.dtype = files, tokenizer, dtype
+
+    def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
+        from texttok_cli.errors import TokenFileError
+        from texttok_cli.tokens import load_token_header
+
+        if not self.files[index].exists():
+            return False
+        try:
+            header = load_token_header(self.files[index])
+        except TokenFileError:
+            return False  # damaged: written anew
+        recorded = (header.input_sha256, header.captions, header.model_sha256, header.dtype)
+        return recorded == ([sha256], None if caption is None else [caption], self.tokenizer.info.sha256, self.dtype)
+
+    def add(self, indices: list[int], tokens: Tokens) -> None:
+        from texttok_cli.tokens import save_tokens, select
+
+        self.count(tokens)
+        for i, index in enumerate(indices):
+            save_tokens(self.files[index], select(tokens, slice(i, i + 1)))
+
+    def finish(self) -> None:
+        """Every file is written by now."""
+
+    @property
+    def where(self) -> str:
+        return ", ".join(map(str, self.files))
+
+
+class _Folder(_Job):
+    """Shards and an index in one folder."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: Literal["fp16", "fp32", "int8"]) -> None:
+        from texttok_cli.tokens import TokenFolder
+
+        super().__init__()
+        self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
+
+    def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
+        return (image_id, sha256, caption) in self.folder.done
+
+    def add(self, indices: list[int], tokens: Tokens) -> None:
+        self.count(tokens)
+        self.folder.add(tokens)
+
+    def finish(self) -> None:
+        self.folder.flush()
+
+    @property
+    def where(self) -> str:
+        return str(self.folder.path)

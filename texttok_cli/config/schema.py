@@ -119,7 +119,7 @@ class TokenizerConfig(Config):
     patch_size: int = Field(8, ge=1, le=1024)  # [I] 8 at 256 px, 16 at 512 px
     num_tokens: int = Field(32, ge=1, le=65536)
     latent_dim: int = Field(8, ge=1, le=4096)  # Sec. 4.1
-    backbone: Annotated[Backbone, BeforeValidator(_expand_size)] = Field("B", validate_default=True)  # type: ignore[assignment]
+    backbone: Annotated[Backbone, BeforeValidator(_expand_size)] = Field("B", validate_default=True)
     bottleneck: ContinuousBottleneck = ContinuousBottleneck()
     condition: ConditionConfig = NoCondition()
 
@@ -194,6 +194,7 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     ema: float = Field(0.999, ge=0, lt=1)  # [I]
+    weights: Literal["fp32", "bf16"] = "fp32"  # how OUT/model.safetensors stores them
     text_cache: bool = False  # embed every caption once, to disk, before training
     log_every: int = Field(50, ge=1)
     save_every: int = Field(5000, ge=1)

@@ -4,75 +4,110 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
-import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from texttok_cli.errors import DataError
 
 MAX_PIXELS = 100_000_000  # refused from the header, before anything is decoded
 
-# What PIL raises for damaged files, format by format.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, MemoryError)
+# Pillow knows many more, among them EPS, which it hands to Ghostscript: a program run on what a file says.
+Image.init()
+KINDS = tuple(kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if kind in Image.OPEN)
+
+# What Pillow raises for damaged files, format by format.
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, RuntimeError, struct.error)
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# `warnings.catch_warnings` changes the state of the whole process, and images are opened on several threads.
+_opening = threading.Lock()
 
 
 def load_image(data: bytes, *, name: str) -> Image.Image:
     """The bytes of an image file -> RGB, 8 bits, upright (EXIF), transparency over white, first frame of an animation.
 
-    Raises DataError naming `name` for what is no image, is damaged or cut short, or has over MAX_PIXELS pixels.
+    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile. Raises DataError naming `name` for what is
+    no image, is damaged or cut short, has over MAX_PIXELS pixels, or pixels of no agreed range (floating point, 32 bits).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(f"{name}: {width:,} x {height:,} pixels, over the limit of {MAX_PIXELS:,}; scale it down first")
-            image.load()
+        image = _open(data)
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{name}: {image.width:,} x {image.height:,} pixels, over the limit of {MAX_PIXELS:,}; scale it down first")
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        rgb = _to_rgb(image, name)
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image, or of a kind that can't be read") from None
+        raise DataError(f"{name}: not an image, or of a kind that can't be read ({', '.join(KINDS)} can)") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first") from None
+        raise DataError(f"{name}: over the limit of {MAX_PIXELS:,} pixels; scale it down first") from None
     except DAMAGED as err:
-        raise DataError(f"{name}: damaged or cut short ({' '.join(str(err).split())})") from None
-    return _to_rgb(ImageOps.exif_transpose(image))
+        raise DataError(f"{name}: damaged or cut short ({' '.join(str(err).split()) or type(err).__name__})") from None
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: PIL's own conversion clips at 255
-        grey = np.asarray(image).astype(np.float64)
-        scale = 257.0 if image.mode.startswith("I") else 1 / 255 if grey.max(initial=0) <= 1 else 1.0
-        image = Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
+def _open(data: bytes) -> Image.Image:
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
+        return Image.open(io.BytesIO(data), formats=KINDS)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_of_16_bits(image, name)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
+def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scale to 8 bits; Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{name}: its pixels are floating point or 32-bit numbers, of no agreed range; save it with 8 or 16 bits")
+    return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The ADM rule (guided-diffusion, `center_crop_arr`): BOX halving, BICUBIC to the short side, centre crop to size x size."""
+    """The ADM rule (guided-diffusion, `center_crop_arr`): BOX halving, BICUBIC to the short side, centre crop to size x size.
+
+    Raises DataError for an image so narrow that it would have over MAX_PIXELS pixels before the crop.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"too narrow ({image.width:,} x {image.height:,} pixels) for a square of {size} x {size}; crop it first")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """RGB image -> uint8 (3, H, W), contiguous."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """uint8, 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1], clamped -> uint8, rounding half up: clamp(127.5 x + 128), the rule of DiT and ADM's samplers."""
-    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+    """Any float type, [-1, 1], clamped -> uint8, rounding half up: clamp(127.5 x + 128), the rule of DiT's and ADM's samplers."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)

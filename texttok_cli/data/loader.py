@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset as TorchDataset
 from texttok_cli.data.images import center_crop, load_image, to_tensor
 from texttok_cli.data.sources import Dataset
 from texttok_cli.errors import DataError
+
+MAX_REDRAWS = 100  # unreadable images in a row before training gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +52,17 @@ class SampleStream:
         return index, bool(self._flips[index])
 
     def substitute(self, position: int, attempt: int) -> int:
-        """The dataset index that stands in for a damaged image at this position, at the given attempt (1, 2, ...)."""
+        """The dataset index that stands in for a damaged image at this position, at the given attempt (1 to MAX_REDRAWS)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position * 101 + attempt)
         return int(torch.randint(self.n, (1,), generator=generator))
 
 
 class TrainLoader:
-    """Training batches of one process; `damaged` lists images that could not be read and were replaced by others.
+    """Training batches of one process; `damaged` maps the id of each image that could not be read to the reason.
 
     `batch_size` is this process's; every global batch is split by rank, so the stream does not depend on the number of
-    processes. With `cache` the decoded images stay in memory as uint8.
+    processes. A damaged image is replaced by another, drawn from (seed, position) alone. With `cache` the decoded images
+    stay in memory as uint8; with workers each of them holds its own copy, so use it with `workers=0`.
     """
 
     def __init__(
@@ -81,20 +85,43 @@ class TrainLoader:
         self.damaged: dict[str, str] = {}
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Endless batches, from the `start`-th global one on. DataError when ten images in a row are unreadable."""
-        sampler = _Positions(self.batch_size, start, self.rank, self.world_size)
-        loader = DataLoader(self.samples, batch_sampler=sampler, num_workers=self.workers, collate_fn=list)
-        for samples in loader:
-            for sample in samples:
-                self.damaged.update(sample.damaged)
-            yield Batch(torch.stack([s.image for s in samples]), torch.tensor([s.index for s in samples]))
+        """Endless batches, from global batch number `start` (from 0) on. Leaves torch's global random state alone.
+
+        Raises DataError when MAX_REDRAWS images in a row are unreadable.
+        """
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=_Positions(self.batch_size, start, self.rank, self.world_size),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # else the iterator takes a number from the global one
+        )
+        for batch, damaged, error in loader:
+            self.damaged.update(damaged)
+            if batch is None:
+                raise DataError(error)
+            yield batch
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    image: Tensor
+    """One image, or None after MAX_REDRAWS failures; `damaged`: reasons by id, in the order they were met."""
+
+    image: Tensor | None
     index: int
     damaged: dict[str, str]
+
+
+def _collate(samples: list[_Sample]) -> tuple[Batch | None, dict[str, str], str]:
+    """(batch, damaged, error). One tensor a batch: each tensor that a worker hands over costs a file descriptor.
+
+    The error is returned, as torch would wrap one raised in a worker in the text of its traceback.
+    """
+    damaged = {key: reason for sample in samples for key, reason in sample.damaged.items()}
+    images = [sample.image for sample in samples if sample.image is not None]
+    if len(images) < len(samples):
+        return None, damaged, f"{MAX_REDRAWS} training images in a row are unreadable, e.g. {next(iter(damaged.values()))}"
+    return Batch(torch.stack(images), torch.tensor([sample.index for sample in samples])), damaged, ""
 
 
 class _Positions(Sampler[list[int]]):
@@ -104,11 +131,9 @@ class _Positions(Sampler[list[int]]):
         self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch = self.start
-        while True:
+        for batch in count(self.start):
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            batch += 1
 
 
 class _Samples(TorchDataset[_Sample]):
@@ -122,7 +147,7 @@ class _Samples(TorchDataset[_Sample]):
     def __getitem__(self, position: int) -> _Sample:
         index, flip = self.stream[position]
         damaged: dict[str, str] = {}
-        for attempt in range(1, 11):
+        for attempt in range(1, MAX_REDRAWS + 1):
             try:
                 image = self._image(index)
             except DataError as err:
@@ -130,7 +155,7 @@ class _Samples(TorchDataset[_Sample]):
                 index = self.stream.substitute(position, attempt)
             else:
                 return _Sample(image.flip(2) if flip and self.flip else image, index, damaged)
-        raise DataError(f"ten training images in a row are unreadable, the last: {next(reversed(damaged.values()))}")
+        return _Sample(None, index, damaged)
 
     def _image(self, index: int) -> Tensor:
         if self.cache is not None and index in self.cache:
@@ -180,11 +205,12 @@ def eval_batches(
 
     todo = iter(range(len(dataset)) if indices is None else indices)
     ready: list[tuple[int, Tensor, tuple[int, int], str]] = []
-    with ThreadPoolExecutor(2) as pool:
-        pending = [(i, pool.submit(load, i)) for i in islice(todo, 2 * batch_size)]
+    pool = ThreadPoolExecutor(2)
+    try:
+        pending = deque((i, pool.submit(load, i)) for i in islice(todo, 2 * batch_size))
         while pending:
-            index, future = pending.pop(0)
-            pending += [(i, pool.submit(load, i)) for i in islice(todo, 1)]
+            index, future = pending.popleft()
+            pending.extend((i, pool.submit(load, i)) for i in islice(todo, 1))
             loaded = future.result()
             if isinstance(loaded, DataError):
                 item_id = dataset.items[index].id
@@ -195,3 +221,5 @@ def eval_batches(
                 numbers, images, sizes, digests = zip(*ready, strict=True)
                 yield EvalBatch(torch.stack(images), torch.tensor(numbers), list(sizes), list(digests))
                 ready = []
+    finally:
+        pool.shutdown(cancel_futures=True)  # a caller who stops early need not wait for images it won't see

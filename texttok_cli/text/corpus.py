@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class CorpusEmbeddings:
             raise DataError(f"{path}: stale cache: made by another text encoder or setting; delete {self.folder} or choose another folder")
         part = load_file(path)  # maps the file; pages are read when they are used
         offsets, hashes = part["offsets"].tolist(), part["texts"].numpy().tobytes()
-        for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for i, (begin, end) in enumerate(pairwise(offsets)):
             self._index[hashes[i * HASH_BYTES : (i + 1) * HASH_BYTES]] = (part["tokens"], begin, end)
 
     def _states(self, text: str) -> Tensor:

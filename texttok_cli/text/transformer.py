@@ -19,11 +19,11 @@ DIGEST_VALUES = 1024
 
 
 class TransformerEncoder:
-    """Token states of the last layer of a transformers model, before any pooling.
+    """Token states of a transformer's last layer, before any pooling.
 
-    `model` takes `input_ids` and `attention_mask` (B, T) and returns `last_hidden_state` (B, T, C); it is frozen here
-    and put on `device` in the config's precision. `fixed_length` pads every batch to `max_tokens` instead of to its
-    longest text.
+    `model` takes token ids (B, T) and the mask of the real ones (B, T), or None, and returns states (B, T, C); it is
+    frozen here and put on `device` in the config's precision. `fixed_length` pads every batch to `max_tokens` instead
+    of to its longest text.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class TransformerEncoder:
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=DTYPES[config.precision])
         self.fingerprint = _fingerprint(config, self.model, tokenizer)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Condition:
         """Token states (B, T, C) float32; see TextEncoder."""
@@ -65,8 +64,8 @@ class TransformerEncoder:
     def _states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         # The config's precision, not the caller's: the states must not depend on who asks for them.
         with torch.autocast(ids.device.type, enabled=False):
-            output = self.model(input_ids=ids, attention_mask=None if mask is None else mask.long())
-        return output.last_hidden_state.float()  # type: ignore[no-any-return]
+            states: Tensor = self.model(ids, mask)
+        return states.float()
 
 
 def _fingerprint(config: TextEncoderConfig, model: nn.Module, tokenizer: Tokenizer) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,11 +31,17 @@ class TokenizerTask:
         torch.manual_seed(recipe.training.seed)  # the initial weights
         self.recipe, self.engine, self.condition = recipe, engine, train_condition
         self.model = TexTok(recipe.model).to(engine.device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.training.ema))
+        average = get_ema_multi_avg_fn(recipe.training.ema)  # type: ignore[no-untyped-call]
+        self.ema = AveragedModel(self.model, multi_avg_fn=average)
         self.perceptual = perceptual.to(engine.device) if perceptual is not None else None
         self.parameters = list(self.model.parameters())
         self.optimizers: list[Optimizer] = build_optimizers(self.parameters, self.model.block_matrices(), recipe.optimizer)
         self.reconstruct = engine.prepare(self.model)
+
+    @property
+    def ema_model(self) -> TexTok:
+        """The averaged weights as a model."""
+        return cast(TexTok, self.ema.module)
 
     def step(self, images: Tensor, indices: Sequence[int], step: int) -> dict[str, Tensor]:
         """One optimizer step on uint8 images (B, 3, S, S); returns detached scalars to log."""
@@ -65,7 +71,7 @@ class TokenizerTask:
     def validate(self, condition: Conditioner, batches: Iterable[Any]) -> dict[str, float]:
         """PSNR in dB and, where the recipe has one, perceptual distance of the EMA weights, means over the images."""
         values: dict[str, list[Tensor]] = {"val_psnr": [], "val_perceptual": []}
-        model = self.ema.module
+        model = self.ema_model
         for batch in batches:
             x = normalize(batch.images.to(self.engine.device))
             with self.engine.accelerator.autocast():
@@ -78,7 +84,7 @@ class TokenizerTask:
     @torch.no_grad()
     def set_latent_statistics(self, batches: Iterable[Any]) -> None:
         """Fill the EMA model's per-channel mean and std over all tokens of these training images."""
-        model = self.ema.module
+        model = self.ema_model
         total = torch.zeros(2, self.recipe.model.latent_dim, dtype=torch.float64)
         count = 0
         for batch in batches:
@@ -103,4 +109,5 @@ class TokenizerTask:
 
     def export(self, path: Path, training: dict[str, Any]) -> None:
         """Write the EMA weights as a model file."""
-        save_tokenizer(path, self.ema.module, training=training)
+        dtype = torch.bfloat16 if self.recipe.training.weights == "bf16" else torch.float32
+        save_tokenizer(path, self.ema_model, training=training, dtype=dtype)

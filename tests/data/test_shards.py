@@ -1,0 +1,134 @@
+import json
+from collections import Counter
+
+import pytest
+from conftest import encoded, picture
+
+from texttok_cli.data import load_image, open_dataset
+from texttok_cli.data.shards import MAX_TEXT_BYTES
+from texttok_cli.errors import DataError
+
+PNG = encoded(picture())
+
+
+def pairs(n):
+    return [member for i in range(n) for member in ((f"{i:03d}.png", encoded(picture(i))), (f"{i:03d}.json", {"caption": f"number {i}"}))]
+
+
+def test_members_are_read_at_random(make_shard):
+    dataset = open_dataset([make_shard(pairs(5))])
+    assert [item.id for item in dataset.items] == [f"{i:03d}" for i in range(5)]
+    assert [item.caption for item in dataset.items] == [f"number {i}" for i in range(5)]
+    for index in (4, 0, 2):
+        assert dataset.read(index) == encoded(picture(index))
+    assert dataset.items[0].in_shard
+
+
+def test_texts_and_classes_beside_the_image(make_shard):
+    members = [("a.txt", b" from txt\n"), ("a.jpg", PNG), ("a.cls", b"12"), ("b.webp", PNG), ("b.json", {"class": 0}), ("c.PNG", PNG)]
+    items = open_dataset([make_shard(members)]).items
+    assert [(i.id, i.caption, i.class_name) for i in items] == [("a", "from txt", "12"), ("b", None, "0"), ("c", None, None)]
+
+
+def test_keys_keep_their_folder_and_end_at_the_first_dot(make_shard):
+    members = [("./a/b.png", PNG), ("a.x/c.json", {"caption": "c"}), ("a.x/c.png", PNG), ("d.seg.png", PNG), ("._e.png", PNG)]
+    assert [(i.id, i.caption) for i in open_dataset([make_shard(members)]).items] == [("a/b", None), ("a.x/c", "c")]
+
+
+@pytest.mark.parametrize(
+    ("field", "info", "caption"),
+    [
+        (None, {"caption": "own", "captions": ["first"]}, "own"),
+        (None, {"captions": ["first", "second"]}, "first"),
+        ("captions", {"captions": ["first", "second"]}, "first"),
+        ("longest", {"captions": ["a", "the longest", "mid"]}, "the longest"),
+        ("measured", {"captions": ["name"], "measured": "measured words"}, "measured words"),
+        ("measured", {"captions": ["name", "name + tags"], "measured": None}, "name + tags"),
+        ("measured", {"captions": ["name"]}, "name"),
+        ("measured", {}, None),
+        ("note", {"note": "by key", "caption": "own"}, "by key"),
+        ("note", {"caption": "own"}, None),
+        ("captions", {"captions": 5}, None),
+        (None, {"captions": "a text, not a list"}, "a text, not a list"),
+    ],
+)
+def test_which_key_is_the_caption(make_shard, field, info, caption):
+    assert open_dataset([make_shard([("a.png", PNG), ("a.json", info)])], caption_field=field).items[0].caption == caption
+
+
+def test_every_cut_keeps_what_is_whole_and_lists_the_rest(make_shard):
+    """Wherever the shard is cut: each image is read exactly with its caption, or listed, or lies behind a listed break."""
+    whole = make_shard(pairs(4))
+    data = whole.read_bytes()
+    ends = [item.offset + (item.size or 0) for item in open_dataset([whole]).items]
+    for length in range(600, data.rindex(b"number 3"), 97):
+        whole.write_bytes(data[:length])
+        if length < ends[0] + 512:
+            with pytest.raises(DataError, match=r"shard-0000\.tar: holds no image that can be used"):
+                open_dataset([whole])
+            continue
+        dataset = open_dataset([whole])
+        for index, item in enumerate(dataset.items):
+            assert dataset.read(index) == encoded(picture(int(item.id)))
+            assert item.caption == f"number {int(item.id)}"
+        assert "unreadable from some point on" in dataset.skipped[-1].reason
+        lost = {skipped.id for skipped in dataset.skipped[:-1]}
+        begun = sum(end <= length for end in ends)
+        assert len(dataset) >= begun - 1
+        assert not lost & {item.id for item in dataset.items}
+
+
+def test_a_damaged_header_in_the_middle_is_not_the_end_in_silence(make_shard):
+    shard = make_shard(pairs(4))
+    data = bytearray(shard.read_bytes())
+    start = data.index(b"002.png")
+    data[start : start + 200] = b"\xff" * 200
+    shard.write_bytes(data)
+    dataset = open_dataset([shard])
+    assert [item.id for item in dataset.items] == ["000", "001"]
+    assert "damaged" in dataset.skipped[-1].reason
+
+
+def test_damaged_json_and_a_second_image_are_listed(make_shard):
+    members = [("a.png", PNG), ("a.json", b"{cut"), ("b.png", PNG), ("b.jpg", PNG), ("b.json", {}), ("c.png", PNG), ("c.json", b"[1]")]
+    dataset = open_dataset([make_shard(members)])
+    assert [item.id for item in dataset.items] == ["b"]
+    assert [skipped.id for skipped in dataset.skipped] == ["a", "c", "b.jpg"]
+
+
+def test_a_text_of_absurd_size_is_not_read(make_shard):
+    members = [("a.png", PNG), ("a.json", b" " * MAX_TEXT_BYTES + b"{}"), ("b.png", PNG)]
+    dataset = open_dataset([make_shard(members)])
+    assert [item.id for item in dataset.items] == ["b"]
+    assert dataset.skipped[0].id == "a"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar at all " * 100, bytes(2048)])
+def test_what_is_no_shard_is_an_error(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.tar: holds no image"):
+        open_dataset([path])
+
+
+def test_the_photos_are_as_their_readme_says(real_data):
+    dataset = open_dataset([real_data / "photos128-val-0000.tar"], caption_field="measured")
+    assert len(dataset) == 1661
+    assert dataset.skipped == []
+    assert all(item.caption and item.class_name for item in dataset.items)
+    assert {load_image(dataset.read(index), name="x").size for index in range(0, 1661, 50)} == {(128, 128)}
+
+
+def test_emoji_have_no_measured_caption_but_name_and_tags(real_data):
+    shard = real_data / "emoji128-val-0000.tar"
+    measured, named, longest = (open_dataset([shard], caption_field=field) for field in ("measured", "captions", "longest"))
+    assert len(measured) == 188
+    longer = Counter(str(m.caption).startswith(str(n.caption)) for m, n in zip(measured.items, named.items, strict=True))
+    assert longer == {True: 188}
+    assert [item.caption for item in measured.items] == [item.caption for item in longest.items]
+
+
+def test_a_pattern_over_the_training_shards(real_data):
+    dataset = open_dataset([f"{real_data}/emoji128-train-{{0000..0001}}.tar"])
+    assert len(dataset) == 3117
+    assert json.loads(json.dumps([item.id for item in dataset.items])) == [item.id for item in dataset.items]

@@ -1,0 +1,192 @@
+import io
+import json
+import pickle
+import sys
+
+import pytest
+from conftest import encoded, picture
+
+from texttok_cli.data import Skipped, load_image, open_dataset
+from texttok_cli.errors import DataError
+
+PNG = encoded(picture())
+
+
+def write(path, content=PNG):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(path, *rows):
+    return write(path, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def captions_of(dataset):
+    return {item.id: item.caption for item in dataset.items}
+
+
+def test_one_image_with_the_caption_beside_it(tmp_path):
+    image = write(tmp_path / "cat.png")
+    write(tmp_path / "cat.txt", "\ufeffa cat \n")
+    dataset = open_dataset([image])
+    assert captions_of(dataset) == {"cat.png": "a cat"}
+    assert dataset.read(0) == PNG
+    assert not dataset.items[0].in_shard
+
+
+def test_a_folder_is_listed_recursively_in_order(tmp_path):
+    for name in ("b.JPG", "a/2.png", "a/1.webp", "a/deep/x.gif", ".hidden.png", ".git/y.png", "notes.md", "a/1.txt"):
+        write(tmp_path / name, "one" if name.endswith("txt") else PNG)
+    dataset = open_dataset([str(tmp_path)])
+    assert [item.id for item in dataset.items] == ["a/1.webp", "a/2.png", "a/deep/x.gif", "b.JPG"]
+    assert [item.class_name for item in dataset.items] == ["a", "a", "a/deep", None]
+    assert [item.caption for item in dataset.items] == ["one", None, None, None]
+    assert dataset.skipped == []
+
+
+def test_a_folder_names_the_images_it_can_not_read(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "phone.HEIC")
+    assert [skipped.id for skipped in open_dataset([tmp_path]).skipped] == ["phone.HEIC"]
+
+
+def test_the_captions_file_of_a_folder_wins_over_sidecars(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "sidecar")
+    write(tmp_path / "b/c.png")
+    lines(tmp_path / "captions.jsonl", {"id": "a.png", "caption": "listed"}, {"image": "b/c.png", "caption": "also"})
+    assert captions_of(open_dataset([tmp_path])) == {"a.png": "listed", "b/c.png": "also"}
+
+
+def test_a_jsonl_manifest(tmp_path):
+    write(tmp_path / "data/a.png")
+    write(tmp_path / "data/b.png")
+    write(tmp_path / "data/b.txt", "beside")
+    manifest = lines(
+        tmp_path / "list.jsonl",
+        {"image": "data/a.png", "caption": "an a", "class": 0, "id": 0},
+        "{not json",
+        {"caption": "no image"},
+        "",
+        {"image": "data/b.png", "class": "letters"},
+        {"image": "data/gone.png"},
+        {"image": "data/a.png", "caption": ["list"]},
+    )
+    dataset = open_dataset([manifest])
+    assert [(i.id, i.caption, i.class_name) for i in dataset.items] == [("0", "an a", "0"), ("data/b.png", "beside", "letters")]
+    assert dataset.read(1) == PNG
+    assert dataset.skipped == [
+        Skipped("list.jsonl:2", "no 'image' in this line"),
+        Skipped("list.jsonl:3", "no 'image' in this line"),
+        Skipped("list.jsonl:6", "data/gone.png: no such file"),
+        Skipped("list.jsonl:7", "caption, class and id must be text"),
+    ]
+
+
+def test_a_csv_manifest(tmp_path):
+    image = write(tmp_path / "a.png")
+    manifest = write(tmp_path / "list.csv", f'image,class,caption\na.png,7,"red, round"\n{image},,\n')
+    items = open_dataset([manifest]).items
+    assert [(i.id, i.caption, i.class_name) for i in items] == [("a.png", "red, round", "7"), (str(image), None, None)]
+
+
+def test_a_csv_without_an_image_column(tmp_path):
+    with pytest.raises(DataError, match=r"list\.csv: the header line has no column 'image'"):
+        open_dataset([write(tmp_path / "list.csv", "file,caption\na.png,x\n")])
+
+
+def test_a_list_on_stdin(tmp_path, monkeypatch):
+    image = write(tmp_path / "a b.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{image}\n\n{tmp_path}/gone.png\n"))
+    dataset = open_dataset(["-"])
+    assert [item.id for item in dataset.items] == [str(image)]
+    assert dataset.skipped == [Skipped(f"{tmp_path}/gone.png", "no such file")]
+
+
+def test_braces_and_globs(tmp_path, make_shard):
+    for number in range(3):
+        make_shard([(f"k{number}.png", PNG)], name=f"s-000{number}.tar")
+    ids = ["k0", "k1", "k2"]
+    assert [item.id for item in open_dataset([f"{tmp_path}/s-{{0000..0002}}.tar"]).items] == ids
+    assert [item.id for item in open_dataset([f"{tmp_path}/*.tar"]).items] == ids
+    assert [item.id for item in open_dataset([f"{tmp_path}/s-{{0001..0002}}.tar", f"{tmp_path}/s-0000.tar"]).items] == ["k1", "k2", "k0"]
+    with pytest.raises(DataError, match=r"s-0003\.tar: no such file or folder$"):
+        open_dataset([f"{tmp_path}/s-{{0000..0003}}.tar"])
+
+
+def test_a_name_with_glob_characters_is_a_name_first(tmp_path):
+    assert len(open_dataset([write(tmp_path / "a[1].png")])) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.png", None, "gone.png: no such file or folder"),
+        ("a.pdf", b"x", "a.pdf: neither an image, a folder, a manifest"),
+        ("empty/readme.md", b"x", "empty: holds no image"),
+        ("empty.jsonl", b"\n", "empty.jsonl: holds no image"),
+        ("bad.jsonl", b"{}", r"bad.jsonl: holds no image that can be used \(bad.jsonl:1: no 'image'"),
+        ("latin.jsonl", b'{"image": "\xe9.png"}', "latin.jsonl: not readable as text"),
+    ],
+)
+def test_an_input_that_can_not_be_used_is_one_line(tmp_path, name, content, message):
+    if content is not None:
+        write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset([tmp_path / (name if "/" not in name else name.split("/", maxsplit=1)[0])])
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_that_two_inputs_share_get_the_input_before_them(tmp_path, make_shard, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/x.png", "two/x.png", "two/y.png"):
+        write(tmp_path / name)
+    assert [item.id for item in open_dataset(["one/", "two"]).items] == ["one/x.png", "two/x.png", "y.png"]
+    assert [item.id for item in open_dataset(["one/x.png", "two/x.png"]).items] == ["one/x.png", "two/x.png"]
+    for shard in ("a.tar", "b.tar"):
+        make_shard([("key.png", PNG)], name=shard)
+    assert [item.id for item in open_dataset(["a.tar", "b.tar"]).items] == ["a.tar/key", "b.tar/key"]
+
+
+def test_an_id_twice_in_one_input_is_an_error(tmp_path):
+    write(tmp_path / "a.png")
+    manifest = lines(tmp_path / "m.jsonl", {"image": "a.png", "caption": "one"}, {"image": "a.png", "caption": "two"})
+    with pytest.raises(DataError, match=r"a\.png: 1 ids stand for more than one image.*an id of its own"):
+        open_dataset([manifest])
+
+
+def test_captions_override_by_id_and_by_unambiguous_stem(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/2.png", "3.png"):
+        write(tmp_path / "set" / name)
+        write((tmp_path / "set" / name).with_suffix(".txt"), "beside")
+    listed = {"a/1.png": "by id", "1": "ambiguous", "2": "by stem", "3.png": "by name", "nowhere": "unused"}
+    captions = lines(tmp_path / "captions.jsonl", *({"id": key, "caption": text} for key, text in listed.items()))
+    assert captions_of(open_dataset([tmp_path / "set"], captions=captions)) == {
+        "3.png": "by name",
+        "a/1.png": "by id",
+        "b/1.png": "beside",
+        "b/2.png": "by stem",
+    }
+
+
+@pytest.mark.parametrize("line", ["{broken", "[]", '{"id": "a"}', '{"caption": "x"}', '{"id": "a", "caption": null}'])
+def test_an_unreadable_line_of_captions_names_file_and_line(tmp_path, line):
+    image = write(tmp_path / "a.png")
+    captions = lines(tmp_path / "c.jsonl", {"id": "a.png", "caption": "fine"}, line)
+    with pytest.raises(DataError, match=r"c\.jsonl:2: not a line of the form"):
+        open_dataset([image], captions=captions)
+
+
+def test_captions_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"c\.jsonl: no such file"):
+        open_dataset([write(tmp_path / "a.png")], captions=tmp_path / "c.jsonl")
+
+
+def test_a_dataset_survives_pickling_and_notices_a_file_that_has_gone(tmp_path):
+    image = write(tmp_path / "a.png")
+    dataset = pickle.loads(pickle.dumps(open_dataset([image])))
+    assert load_image(dataset.read(0), name="a").size == (40, 30)
+    image.unlink()
+    with pytest.raises(DataError, match=r"^a\.png: .*No such file"):
+        dataset.read(0)

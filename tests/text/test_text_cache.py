@@ -1,0 +1,59 @@
+from collections.abc import Sequence
+
+import torch
+
+from texttok_cli.config.schema import TextEncoderConfig
+from texttok_cli.models.condition import Condition
+from texttok_cli.text import EmbeddingCache
+from texttok_cli.text.hashed import HashEncoder
+
+CONFIG = TextEncoderConfig(kind="hash", dim=16, max_tokens=32)
+TEXTS = ["a red car", "", "one two three four five six seven eight nine ten", "a red car"]
+
+
+class Counting(HashEncoder):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIG)
+        self.asked: list[str] = []
+
+    def __call__(self, texts: Sequence[str]) -> Condition:
+        self.asked += texts
+        return super().__call__(texts)
+
+
+def same(one: Condition, two: Condition) -> bool:
+    masks = one.mask is None if two.mask is None else one.mask is not None and torch.equal(one.mask, two.mask)
+    return torch.equal(one.tokens, two.tokens) and masks
+
+
+def test_it_answers_as_the_encoder_and_asks_once() -> None:
+    encoder = Counting()
+    cache = EmbeddingCache(encoder)
+    assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
+    assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
+    assert encoder.asked == TEXTS[:3]
+    assert cache.fingerprint == encoder.fingerprint and cache.lengths(TEXTS) == encoder.lengths(TEXTS)
+
+
+def test_the_least_recently_used_text_goes_first() -> None:
+    encoder = Counting()
+    cache = EmbeddingCache(encoder, max_bytes=2 * 2 * 16 * 4)  # two texts of one word and the end token
+    for text in ("a", "b", "a", "c", "a", "b"):
+        cache([text])
+    assert encoder.asked == ["a", "b", "c", "b"]
+
+
+def test_a_batch_larger_than_the_cache_is_answered_whole() -> None:
+    cache = EmbeddingCache(Counting(), max_bytes=1)
+    assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
+
+
+def test_what_was_cached_in_inference_can_be_trained_with() -> None:
+    cache = EmbeddingCache(HashEncoder(CONFIG))
+    with torch.inference_mode():
+        cache(TEXTS)
+    layer = torch.nn.Linear(16, 4)
+    layer(cache(TEXTS).tokens).sum().backward()
+    assert layer.weight.grad is not None

@@ -1,0 +1,64 @@
+"""What a dataset is: places of images in a fixed order, read by index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from texttok_cli.errors import DataError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Where one image lies and what is known of it before it is read.
+
+    `id` is unique in its dataset: the path below a folder, a manifest's `id` or `image`, a shard's key, a file's name,
+    with the input before it where two inputs hold the same one (see `open_dataset`).
+    """
+
+    id: str
+    path: Path
+    caption: str | None = None
+    class_name: str | None = None
+    offset: int = 0  # within `path`, for a member of a shard
+    size: int | None = None  # bytes; None: the whole file
+
+    @property
+    def in_shard(self) -> bool:
+        """Whether the image is a member of a shard rather than a file."""
+        return self.size is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something in the inputs that is no usable entry, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in a fixed order; `skipped` lists what the inputs held that can't be an item. It holds no open file."""
+
+    items: list[Item]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> bytes:
+        """Bytes of one image file. DataError if it has gone or is larger than MAX_FILE_BYTES."""
+        item = self.items[index]
+        try:
+            with item.path.open("rb") as file:
+                file.seek(item.offset)
+                data = file.read(MAX_FILE_BYTES + 1 if item.size is None else min(item.size, MAX_FILE_BYTES + 1))
+        except OSError as err:
+            raise DataError(f"{item.id}: {item.path}: {err.strerror}") from None
+        if len(data) > MAX_FILE_BYTES:
+            raise DataError(f"{item.id}: larger than {MAX_FILE_BYTES:,} bytes")
+        return data

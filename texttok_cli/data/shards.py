@@ -1,0 +1,103 @@
+"""Webdataset shards: KEY.jpg with KEY.json / KEY.txt / KEY.cls beside it in a .tar, indexed once and read at random."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
+from texttok_cli.data.listings import json_or_none
+
+TEXT_SUFFIXES = {".json", ".txt", ".cls"}
+MAX_TEXT_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class _Index:
+    """What a pass over the headers found: images by key, texts by key and suffix."""
+
+    images: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    broken: str = ""  # why nothing more could be read, if so
+
+
+def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped]:
+    """Images of a shard in its order; only headers and texts are read. What a cut or damaged shard has lost is Skipped."""
+    index = _scan(path)
+    size = path.stat().st_size
+    for key, member in index.images.items():
+        texts = index.texts.get(key, {})
+        info = json_or_none(texts.get(".json", "{}"))
+        if member.offset_data + member.size > size:
+            yield Skipped(key, f"{path.name} is cut short within this image")
+        elif not texts and index.texts and index.broken:
+            yield Skipped(key, f"{path.name} is cut short before this image's caption")
+        elif not isinstance(info, dict):
+            yield Skipped(key, f"its .json in {path.name} is damaged")
+        else:
+            class_name = info["class"] if "class" in info else texts.get(".cls")
+            caption = _caption(info, texts.get(".txt"), caption_field)
+            yield Item(key, path, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
+    yield from index.skipped
+    if index.broken:
+        yield Skipped(path.name, f"unreadable from some point on: {index.broken}")
+
+
+def _scan(path: Path) -> _Index:
+    index = _Index()
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as shard:
+                for member in shard:
+                    _note(index, shard, member)
+                index.broken = _lost_end(file, shard.offset)
+        except (tarfile.TarError, OSError, EOFError) as err:
+            index.broken = str(err) or type(err).__name__
+    return index
+
+
+def _note(index: _Index, shard: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    path = PurePosixPath(member.name)
+    stem, dot, suffix = path.name.partition(".")  # webdataset: a key ends at the first dot of the last path component
+    suffix = dot + suffix.lower()
+    if not member.isfile() or not stem:
+        return
+    key = path.with_name(stem).as_posix()
+    if suffix in IMAGE_SUFFIXES:
+        if key in index.images:
+            index.skipped.append(Skipped(member.name, f"{key} is already the key of another image in this shard"))
+        index.images.setdefault(key, member)
+    elif suffix in TEXT_SUFFIXES:
+        too_large = member.size > MAX_TEXT_BYTES
+        file = None if too_large else shard.extractfile(member)
+        index.texts.setdefault(key, {})[suffix] = "" if file is None else file.read().decode("utf-8", "replace").strip()
+
+
+def _lost_end(file: BinaryIO, end: int) -> str:
+    """Why the headers stop at byte `end`, if not at the archive's end mark: there tarfile stops without a word."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        return "it has no end mark, so it may be cut short"
+    return f"the header at byte {end:,} is damaged or cut short" if block.strip(b"\0") or len(block) < tarfile.BLOCKSIZE else ""
+
+
+def _caption(info: Mapping[str, Any], txt: str | None, caption_field: str | None) -> str | None:
+    """The caption that `caption_field` names among the .json's keys, as `open_dataset` says."""
+    listed = _texts(info.get("captions"))
+    if caption_field is None:
+        return next(iter([*_texts(info.get("caption")), *_texts(txt), *listed]), None)
+    if caption_field == "longest":
+        return max(listed, key=len, default=None)
+    if caption_field == "measured":
+        return next(iter([*_texts(info.get("measured")), *listed[-1:]]), None)
+    return next(iter(_texts(info.get(caption_field))), None)
+
+
+def _texts(value: Any) -> list[str]:
+    """The non-empty texts in a JSON value that is a text or a list of them."""
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]

@@ -1,0 +1,76 @@
+"""T5 v1.1 and Flan-T5 encoders, the paper's text encoders (Sec. 4.1: XL at 256 px, XXL at 512 px, 128 tokens)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+
+from texttok_cli.assets import is_offline
+from texttok_cli.config.schema import TextEncoderConfig
+from texttok_cli.errors import BackendError
+from texttok_cli.text.transformer import DTYPES, TransformerEncoder
+
+
+class _States(nn.Module):
+    def __init__(self, encoder: T5EncoderModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Token ids and mask of real ones (B, T) -> states of the last layer (B, T, C)."""
+        states: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states
+
+
+def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TransformerEncoder:
+    """A T5 encoder by hub name or local folder (`config.name`), every batch padded to `config.max_tokens`.
+
+    Precision is fp32 or bf16: in fp16 T5's feed-forward layers overflow. The hub is asked for what is not cached, unless
+    offline. Raises BackendError if the model is not to be had, is not a T5, is incomplete or has another width than `config.dim`.
+    """
+    name = str(config.name)
+    local = is_offline(offline)
+    try:
+        # First what is small, so that a wrong name or width shows before gigabytes are loaded.
+        shape = AutoConfig.from_pretrained(name, local_files_only=local)
+        _check_shape(name, shape, config.dim)
+        tokenizer = _load_tokenizer(name, local=local)
+        model, report = T5EncoderModel.from_pretrained(
+            name, config=shape, dtype=DTYPES[config.precision], local_files_only=local, weights_only=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, UnpicklingError) as error:  # the hub's errors are OSErrors too
+        raise BackendError(_not_found(name, offline=local)) from error
+    if report["missing_keys"]:
+        raise BackendError(f"text encoder {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole T5 model?")
+    return TransformerEncoder(config, _States(model), tokenizer, device=device, pad_id=shape.pad_token_id, fixed_length=True)
+
+
+def _check_shape(name: str, shape: AutoConfig, dim: int) -> None:
+    if shape.model_type != "t5":
+        raise BackendError(f"text encoder {name}: is a {shape.model_type!r} model, not a T5 (v1.1 or Flan)")
+    if shape.d_model != dim:
+        raise BackendError(f"text encoder {name}: is {shape.d_model} wide, the config says dim {dim}: set dim={shape.d_model}")
+
+
+def _load_tokenizer(name: str, *, local: bool) -> Tokenizer:
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except (ImportError, ValueError) as error:  # google/t5-v1_1-* have only spiece.model, which another library reads
+        help_ = "it takes a whole tokenizer.json, or spiece.model and `pip install sentencepiece protobuf`"
+        raise BackendError(f"text encoder {name}: its tokenizer can't be read: {help_}") from error
+    tokenizer: Tokenizer = loaded.backend_tokenizer
+    return tokenizer
+
+
+def _not_found(name: str, *, offline: bool) -> str:
+    if Path(name).is_dir():
+        return f"text encoder {name}: the folder needs a whole config.json, model.safetensors and tokenizer.json"
+    if offline:
+        return f"text encoder {name}: neither a folder nor in the hub cache: give a local folder as its name, or run once without --offline"
+    return f"text encoder {name}: neither a folder nor to be had from the hub: check the name and the network, or give a local folder"
