@@ -124,12 +124,12 @@ def test_a_cut_file_is_one_clear_line(kind, part):
 
 
 def test_what_is_no_image_is_refused():
-    with pytest.raises(DataError, match="^x: not an image"):
+    with pytest.raises(DataError, match=r"^x: not an image"):
         load_image(b"%PDF-1.4 hello", name="x")
 
 
 def test_formats_that_run_programs_are_not_opened():
-    with pytest.raises(DataError, match="^x: not an image"):
+    with pytest.raises(DataError, match=r"^x: not an image"):
         load_image(encoded(picture(), "EPS"), name="x")
 
 

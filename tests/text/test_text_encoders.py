@@ -127,7 +127,7 @@ def test_fingerprint_is_of_all_that_matters_and_nothing_else(minilm: TextEncoder
 @needs_minilm
 @pytest.mark.parametrize("update", [{"dim": 512}, {"max_tokens": 513}])
 def test_minilm_refuses_another_shape(update: dict[str, int]) -> None:
-    with pytest.raises(BackendError, match="384|512"):
+    with pytest.raises(BackendError, match=r"384|512"):
         load_text_encoder(MINILM.model_copy(update=update), offline=True)
 
 

@@ -107,7 +107,8 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, L, S); softmax in fp32 under autocast
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    weights: Tensor = scores.softmax(dim=-1)
+    return weights.to(v.dtype) @ v
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
