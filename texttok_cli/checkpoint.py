@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from texttok_cli.config.schema import Config, TokenizerConfig
 from texttok_cli.errors import CheckpointError
-from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
+from texttok_cli.files import load_safetensors, parse_header, read_header, save_safetensors, sha256_file
 from texttok_cli.models.tokenizer import TexTok
 
 FORMAT = 1
+WEIGHTS = {"F32", "BF16", "F16"}
 
 
 class ModelHeader(Config):
@@ -44,24 +45,16 @@ def save_tokenizer(path: Path, model: TexTok, *, training: dict[str, Any], dtype
 
 def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[TexTok, ModelInfo]:
     """The model in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole model file."""
-    meta, tensors = load_safetensors(path, error=CheckpointError)
-    version = meta.get("texttok_model")
-    if version is None:
-        raise CheckpointError(f"{path}: a safetensors file, but not a texttok model (no texttok_model in its header)")
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: model format {version}, this texttok reads {FORMAT}; update texttok")
-    try:
-        header = ModelHeader.model_validate(meta)
-    except ValidationError as err:
-        first = err.errors()[0]
-        raise CheckpointError(f"{path}: header: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    meta, infos = read_header(path, error=CheckpointError)
+    header = parse_header(meta, ModelHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
     with torch.device("meta"):
         model = TexTok(header.model)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    found = {k: v.shape for k, v in infos.items() if v.dtype in WEIGHTS}
     if expected != found:
-        wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        wrong = sorted(k for k in expected.keys() | infos.keys() if expected.get(k) != found.get(k))
         raise CheckpointError(f"{path}: weights don't fit the header, {len(wrong)} tensors differ, first {wrong[0]}")
+    _, tensors = load_safetensors(path, error=CheckpointError)
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     model.requires_grad_(False).eval().to(device)
     return model, ModelInfo(path.stem, sha256_file(path), header)

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 stdout = Console(soft_wrap=True, highlight=False)
@@ -18,18 +17,22 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def say(message: str) -> None:
     """One line to stderr."""
-    stderr.print(message, markup=False)
+    stderr.print(one_line(message), markup=False)
+
+
+def one_line(message: str) -> str:
+    """Control characters written out: a file's name or header may hold line breaks and terminal escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """The command's result to stdout: one JSON object, or a two-column table."""
+    """The command's result to stdout: one JSON object, or a line for each entry (not a table of Rich's, which cuts long paths)."""
     if as_json:
         print(json.dumps(result))
         return
-    table = Table.grid(padding=(0, 2))
+    width = max(map(len, result))
     for key, value in result.items():
-        table.add_row(Text(key.replace("_", " "), style="bold"), Text(_readable(value)))
-    stdout.print(table)
+        stdout.print(Text.assemble((key.replace("_", " ").ljust(width), "bold"), "  ", _readable(value)))
 
 
 @contextmanager

@@ -5,6 +5,7 @@
     |- DataError          an image, caption file, manifest or shard
     |- CheckpointError    a model file or a training state
     |- TokenFileError     a token file
+    |- TrainingError      a run that diverged
     |- BackendError       weights or a library that is not there, or a device that can't
 
 The command line prints the message and exits with a code != 0; a bug of ours raises something else and keeps its traceback.
@@ -29,6 +30,10 @@ class CheckpointError(TextTokError):
 
 class TokenFileError(TextTokError):
     """A token file that can't be used."""
+
+
+class TrainingError(TextTokError):
+    """A training run that can't go on as it is."""
 
 
 class BackendError(TextTokError):

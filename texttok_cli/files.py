@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from texttok_cli.errors import TextTokError
 
 META_KEY = "texttok"
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_SIDE = 1 << 48  # of a shape; torch counts in 64 bits
 # Bytes of one element of the types we write.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 @contextmanager
@@ -55,10 +61,20 @@ def sha256_file(path: Path) -> str:
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and one JSON header atomically; the same content gives the same bytes."""
+    """Write tensors and one JSON header atomically; the same content gives the same bytes.
+
+    Raises OSError if it can't be written, and TextTokError for a header that could not be read again.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    own = json.dumps(header)
+    # It becomes a JSON string within the file's header, next to at most some hundred bytes a tensor.
+    if len(json.dumps(own)) + 1000 * (len(whole) + 1) > MAX_HEADER_BYTES:
+        raise TextTokError(f"{path}: its header would have over {MAX_HEADER_BYTES:,} bytes; put fewer or shorter texts into one file")
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={META_KEY: json.dumps(header)})
+        try:
+            save_file(whole, temporary, metadata={META_KEY: own})
+        except SafetensorError as err:  # a full disk, for one
+            raise OSError(errno.EIO, str(err), str(path)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +104,13 @@ def read_header(path: Path, *, error: type[TextTokError]) -> tuple[dict[str, Any
         header = json.loads(raw)
         meta = header.pop("__metadata__", {})
         infos = {name: _tensor_info(entry) for name, entry in header.items()}
-        ends = [entry["data_offsets"][1] for entry in header.values()]
+        end = _end_of_data(entry["data_offsets"] for entry in header.values())
         own = json.loads(meta[META_KEY]) if META_KEY in meta else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise error(f"{path}: not a safetensors file: its header is damaged") from None
     if not isinstance(own, dict):
         raise error(f"{path}: a safetensors file, but not written by texttok (no {META_KEY!r} in its header)")
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + end
     if size != expected:
         what = "cut short" if size < expected else "has something appended"
         raise error(f"{path}: {what}: holds {size:,} bytes, its header says {expected:,}")
@@ -104,7 +120,30 @@ def read_header(path: Path, *, error: type[TextTokError]) -> tuple[dict[str, Any
 def load_safetensors(path: Path, *, error: type[TextTokError]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Our JSON header and the tensors, on the CPU. Raises `error` as `read_header` does."""
     meta, _ = read_header(path, error=error)
-    return meta, load_file(path)
+    try:
+        return meta, load_file(path)
+    except SafetensorError as err:  # it reads more strictly than Python's JSON: a key that stands twice, for one
+        raise error(f"{path}: not a safetensors file: {' '.join(str(err).split())}") from None
+
+
+def parse_header(
+    header: Mapping[str, Any], schema: type[Schema], *, key: str, version: int, path: Path, error: type[TextTokError]
+) -> Schema:
+    """A file's JSON header as `schema`, whose field `key` holds the version of the format.
+
+    Raises `error`, one line, for another kind or version and for the first field that is wrong.
+    """
+    found = header.get(key)
+    if found is None:
+        raise error(f"{path}: another kind of file (no {key!r} in its header)")
+    if found != version:
+        raise error(f"{path}: {key} is {str(found)[:20]}, this texttok reads {version}; update texttok")
+    try:
+        return schema.model_validate(header)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ["header", *map(str, first["loc"])]
+        raise error(f"{path}: {'.'.join(where)}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
@@ -112,9 +151,19 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     begin, end = entry["data_offsets"]
     elements = 1
     for side in shape:
-        if not isinstance(side, int) or side < 0:
+        if not isinstance(side, int) or not 0 <= side < MAX_SIDE:
             raise ValueError
         elements *= side
-    if not 0 <= begin <= end or end - begin != elements * DTYPE_BYTES[entry["dtype"]]:
+    if end - begin != elements * DTYPE_BYTES[entry["dtype"]]:
         raise ValueError
     return TensorInfo(entry["dtype"], shape)
+
+
+def _end_of_data(offsets: Iterable[tuple[int, int]]) -> int:
+    """Where the last tensor ends. ValueError unless they lie one after the other, from 0 on."""
+    last = 0
+    for begin, end in sorted(offsets):
+        if begin != last or end < begin:
+            raise ValueError
+        last = end
+    return last

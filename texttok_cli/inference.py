@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig
-from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_tensor, to_uint8
+from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
-from texttok_cli.tokens import FORMAT, TokenDtype, TokenHeader, Tokens
+from texttok_cli.tokens import FORMAT, MAX_TEXT, TokenDtype, TokenHeader, Tokens
 
 CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -52,16 +53,27 @@ class Tokenizer:
 
         Images are paths or PIL images, one or several, cropped square and resized as the ADM protocol does; or a uint8
         tensor (B, 3, S, S). A model with text takes as many captions as images ("" is the empty condition), one without
-        takes none. Raises DataError for an unreadable image and for captions that don't match.
+        takes none. An image with its caption gives the same latents in any batch, to 1e-4 in fp32.
+
+        Raises DataError for an unreadable image, a tensor of another type or shape and captions that don't match.
         """
-        pixels = images if isinstance(images, Tensor) else _as_batch(images, self.cfg.image_size)
+        size = self.cfg.image_size
+        pixels = images if isinstance(images, Tensor) else _as_batch(images, size)
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
+            raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
         cond = self._condition(captions, len(pixels))
         with torch.inference_mode(), self._autocast():
             z = self.model.encode(normalize(pixels.to(self.device)), cond).z
         return z.float().cpu()
 
     def decode(self, z: Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
-        """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU."""
+        """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU.
+
+        Raises DataError for latents of another shape and captions that don't match.
+        """
+        expected = (self.cfg.num_tokens, self.cfg.latent_dim)
+        if z.shape[1:] != expected:
+            raise DataError(f"{self.info.name}: latents are {tuple(z.shape)}, not (B, {expected[0]}, {expected[1]})")
         cond = self._condition(captions, len(z))
         with torch.inference_mode(), self._autocast():
             images = self.model.decode(z.to(self.device), cond)
@@ -76,7 +88,7 @@ class Tokenizer:
             raise DataError(f"{self.info.name}: {NO_CAPTION_HELP}")
         texts = [captions] if isinstance(captions, str) else list(captions)
         if len(texts) != n:
-            raise DataError(f"{n} images and {len(texts)} captions: give one caption an image")
+            raise DataError(f"{n} image(s) and {len(texts)} caption(s): give one caption an image")
         return self.text(texts).to(self.device)
 
     def _autocast(self) -> torch.autocast:
@@ -169,7 +181,12 @@ def encode_dataset(
 
     `captions` holds a text for every item, or is None for a model without text. A damaged image goes to
     `on_error(id, reason)` and is left out; `wanted(index, sha256 of the file)` may decline one before it is decoded.
+
+    Raises DataError for an id or caption that a token file can't hold.
     """
+    for item, caption in zip(dataset.items, captions or [""] * len(dataset), strict=True):
+        _check_text(item.id, "its name", item.id)
+        _check_text(item.id, "its caption", caption)
     mean, std = (v.tolist() if dtype == "int8" else None for v in (tokenizer.model.latent_mean, tokenizer.model.latent_std))
     size = tokenizer.cfg.image_size
     for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error, wanted=wanted):
@@ -191,24 +208,38 @@ def encode_dataset(
         yield indices, Tokens(tokenizer.encode(batch.images, texts), header)
 
 
+def _check_text(item_id: str, what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: from a file name of other bytes, or an escape in JSON
+        raise DataError(f"{item_id}: {what} is not Unicode text; rename or rewrite it as UTF-8") from None
+    if len(text) > MAX_TEXT:
+        raise DataError(f"{item_id}: {what} has {len(text):,} characters, over the limit of {MAX_TEXT:,}")
+
+
 def _as_batch(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
     """Paths or PIL images -> uint8 (B, 3, S, S)."""
     listed = [images] if isinstance(images, str | Path | Image.Image) else images
+    if not listed:
+        raise DataError("no image to encode")
     return torch.stack([to_tensor(center_crop(_open(image), size)) for image in listed])
 
 
 def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    return load_image(Path(image).read_bytes(), name=str(image))
+        return to_rgb(image, name="a PIL image")
+    try:
+        data = Path(image).read_bytes()
+    except OSError as err:
+        raise DataError(f"{image}: {err.strerror}") from None
+    return load_image(data, name=str(image))
 
 
 def _from_hub(repo: str, *, offline: bool) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, "model.safetensors", local_files_only=offline))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as err:
+        return Path(hf_hub_download(repo, "model.safetensors", local_files_only=is_offline(offline)))
+    except (OSError, ValueError) as err:  # the hub's own errors are OSErrors, a malformed name is a ValueError
         reason = " ".join(str(err).split())
         raise CheckpointError(f"hf://{repo}: model.safetensors could not be had: {reason}") from None

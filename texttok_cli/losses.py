@@ -1,11 +1,12 @@
-"""Losses on images in [0, 1].
+"""Losses on images in [0, 1]: l2, perceptual distances, and what a generator and a discriminator are charged.
 
 Letters: B batch, H and W sides of the image, F channels of a feature map.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,17 @@ from torch import Tensor, nn
 
 from texttok_cli.assets import load_torch_weights, resolve
 
-PerceptualNet = Literal["stlpips-alex", "stlpips-vgg"]
+LpipsNet = Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex"]
+PerceptualNet = Literal[LpipsNet, "resnet50-logits"]
+GanKind = Literal["non_saturating", "hinge"]
 
 # LPIPS normalises images in [-1, 1] by these.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+# ImageNet classifiers normalise images in [0, 1] by these, and see them at this size.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_SIZE = 224
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
@@ -25,24 +32,34 @@ def l2(x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(x, y)
 
 
-class Perceptual(nn.Module):
-    """Shift-tolerant LPIPS (Ghildyal and Liu, ECCV 2022), frozen.
+# ------------------------------------------------------------------ perceptual
 
-    Not the LPIPS of Zhang et al. that the paper cites: the weights of that need a download, these come with a package.
+
+def build_perceptual(net: PerceptualNet, *, offline: bool = False) -> nn.Module:
+    """The frozen network `net`: maps two batches of images (B, 3, H, W) in [0, 1] to their distances (B,) float32.
+
+    Raises BackendError if its weights are not to be had.
+    """
+    return ResNetLogits(offline=offline) if net == "resnet50-logits" else Perceptual(net, offline=offline)
+
+
+class Perceptual(nn.Module):
+    """LPIPS v0.1 (Zhang et al., CVPR 2018), or with shift-tolerant layers ST-LPIPS (Ghildyal and Liu, ECCV 2022); frozen.
+
+    The paper cites the former. Its trunk is a download, all of the latter's weights come with a package.
     Features of five depths are normalised over channels; their squared differences, weighted by channel, are averaged
     over places and summed over depths. Raises BackendError if the weights are not to be had.
     """
 
-    def __init__(self, net: PerceptualNet, *, offline: bool = False) -> None:
+    def __init__(self, net: LpipsNet, *, offline: bool = False) -> None:
         super().__init__()
-        weights = load_torch_weights(resolve(net, offline=offline))
-        self.slices = nn.ModuleList(_SLICES[net]())
+        trunk, heads = _lpips_weights(net, offline=offline)
+        self.slices = nn.ModuleList(_SLICES[net.rpartition("-")[2]](net.startswith("st")))
         convs = [module for module in self.slices.modules() if isinstance(module, nn.Conv2d)]
-        trunk = [tensor for name, tensor in weights.items() if name.startswith("net.") and not name.endswith(".filt")]
         for conv, weight, bias in zip(convs, trunk[::2], trunk[1::2], strict=True):
             conv.load_state_dict({"weight": weight, "bias": bias})
-        for depth in range(len(self.slices)):
-            self.register_buffer(f"head{depth}", weights[f"lin{depth}.model.1.weight"].flatten())  # (F,)
+        for depth, head in enumerate(heads):
+            self.register_buffer(f"head{depth}", head)  # (F,)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None])
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # a quarter less time than NCHW on a CPU
@@ -66,6 +83,17 @@ class Perceptual(nn.Module):
         return torch.mv(difference, self.get_buffer(f"head{depth}"))
 
 
+def _lpips_weights(net: LpipsNet, *, offline: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The trunk's weights and biases in turn, and the heads (F,) by depth."""
+    heads = load_torch_weights(resolve(net, offline=offline))
+    if net.startswith("st"):  # one file holds both
+        trunk = [tensor for name, tensor in heads.items() if name.startswith("net.") and not name.endswith(".filt")]
+    else:
+        classifier = load_torch_weights(resolve("vgg16" if net == "lpips-vgg" else "alexnet", offline=offline))
+        trunk = [tensor for name, tensor in classifier.items() if name.startswith("features.")]
+    return trunk, [heads[f"lin{depth}.model.1.weight"].flatten() for depth in range(5)]
+
+
 def _unit(features: Tensor) -> Tensor:
     """Features (B, F, H, W) of length 1 over channels. The norm's gradient is 0, not NaN, where all channels are 0."""
     norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -82,22 +110,28 @@ class _Blur(nn.Module):
         return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=2)
 
 
-def _alex() -> list[nn.Sequential]:
-    """AlexNet as ST-LPIPS has it: first convolution with stride 1, blur before the ReLU."""
+def _pool(size: int, tolerant: bool) -> list[nn.Module]:
+    """Max-pooling that halves; tolerant of shifts, it takes every maximum and halves by a blur."""
+    return [nn.MaxPool2d(size, 1), _Blur()] if tolerant else [nn.MaxPool2d(size, 2)]
+
+
+def _alex(tolerant: bool) -> list[nn.Sequential]:
+    """AlexNet's convolutions; shift-tolerant, the first has stride 1 and a blur before the ReLU."""
+    first: list[nn.Module] = [nn.Conv2d(3, 64, 11, padding=2), _Blur()] if tolerant else [nn.Conv2d(3, 64, 11, stride=4, padding=2)]
     return [
-        nn.Sequential(nn.Conv2d(3, 64, 11, padding=2), _Blur(), nn.ReLU()),
-        nn.Sequential(nn.MaxPool2d(3, 1), _Blur(), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
-        nn.Sequential(nn.MaxPool2d(3, 1), _Blur(), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        nn.Sequential(*first, nn.ReLU()),
+        nn.Sequential(*_pool(3, tolerant), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU()),
+        nn.Sequential(*_pool(3, tolerant), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
     ]
 
 
-def _vgg() -> list[nn.Sequential]:
-    """VGG16's first 13 layers, a blurred max-pooling before each group but the first."""
+def _vgg(tolerant: bool) -> list[nn.Sequential]:
+    """VGG16's 13 convolutions, pooling before each group but the first."""
     slices, width = [], 3
     for depth, (convs, channels) in enumerate(((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))):
-        layers: list[nn.Module] = [] if depth == 0 else [nn.MaxPool2d(2, 1), _Blur()]
+        layers = [] if depth == 0 else _pool(2, tolerant)
         for _ in range(convs):
             layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
             width = channels
@@ -105,5 +139,88 @@ def _vgg() -> list[nn.Sequential]:
     return slices
 
 
-_SLICES = {"stlpips-alex": _alex, "stlpips-vgg": _vgg}
-assert set(_SLICES) == set(get_args(PerceptualNet))
+_SLICES: dict[str, Callable[[bool], list[nn.Sequential]]] = {"alex": _alex, "vgg": _vgg}
+
+
+class ResNetLogits(nn.Module):
+    """MAGVIT's perceptual loss: the mean squared difference of an ImageNet ResNet-50's logits; frozen.
+
+    Images of another size than 224 are resized (bilinear, antialiased). Raises BackendError if the weights are not to be had.
+    """
+
+    def __init__(self, *, offline: bool = False) -> None:
+        super().__init__()
+        from torchvision.models import resnet50  # type: ignore[import-untyped]  # takes seconds, and only this loss needs it
+
+        self.net = resnet50()
+        self.net.load_state_dict(load_torch_weights(resolve("resnet50", offline=offline)))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance (B,) float32 between images (B, 3, H, W) in [0, 1]; differentiable in both."""
+        with torch.autocast(x.device.type, enabled=False):  # float32 whatever the caller computes in
+            return (self._logits(x) - self._logits(y)).square().mean(dim=1)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        h, size = images.float(), (IMAGENET_SIZE, IMAGENET_SIZE)
+        if images.shape[-2:] != size:
+            h = F.interpolate(h, size, mode="bilinear", antialias=True)
+        return self.net((h - self.get_buffer("mean")) / self.get_buffer("std"))  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------ adversarial
+
+
+def generator_loss(fake_logits: Tensor, kind: GanKind) -> Tensor:
+    """What a generator is charged for the logits (B,) of its images, a scalar."""
+    return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: GanKind) -> Tensor:
+    """What a discriminator is charged for its logits (B,) of real and of generated images: the sum of both means, a scalar."""
+    if kind == "hinge":
+        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], real_images: Tensor) -> Tensor:
+    """E ||grad_x D(x)||^2 over real images (B, 3, H, W), without the 1/2 of Mescheder et al. (2018); a scalar in float32."""
+    x = real_images.detach().float().requires_grad_()
+    with torch.autocast(x.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+class LeCam(nn.Module):
+    """LeCAM regularisation (Tseng et al., CVPR 2021) with its running means of the logits, which are state.
+
+    The means start at 0 as in its authors' StyleGAN2 code, without that code's correction for the start.
+    """
+
+    ema_real: Tensor
+    ema_fake: Tensor
+
+    def __init__(self, *, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("ema_real", torch.zeros(()))
+        self.register_buffer("ema_fake", torch.zeros(()))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Mean of relu(D(real) - ema_fake)^2 plus mean of relu(ema_real - D(fake))^2 over logits (B,), a scalar."""
+        return F.relu(real_logits - self.ema_fake).square().mean() + F.relu(self.ema_real - fake_logits).square().mean()
+
+    @torch.no_grad()
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Move the means by one step towards the logits' means over all processes; call once an optimizer step."""
+        self.ema_real.lerp_(real_mean, 1 - self.decay)
+        self.ema_fake.lerp_(fake_mean, 1 - self.decay)
+
+
+def adaptive_weight(reconstruction_grad: Tensor, gan_grad: Tensor) -> Tensor:
+    """VQGAN's factor on the generator's loss: the ratio of both gradients' norms at the last layer, in [0, 1e4]; detached."""
+    norm = torch.linalg.vector_norm
+    ratio: Tensor = norm(reconstruction_grad) / (norm(gan_grad) + 1e-4)
+    return ratio.clamp(0, 1e4).detach()

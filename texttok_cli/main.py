@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from texttok_cli import __version__
 from texttok_cli.commands.decode import decode
 from texttok_cli.commands.encode import encode
+from texttok_cli.commands.eval import eval_
 from texttok_cli.commands.train import train
 from texttok_cli.errors import TextTokError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(encode)
 app.command()(decode)
 app.command()(train)
+app.command("eval")(eval_)
 
 
 def _version(value: bool) -> None:
@@ -47,13 +49,18 @@ def main() -> None:
     except TextTokError as err:
         if debug:
             raise
-        print(f"texttok: {err}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(err))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as err:
         if debug:
             raise
-        print(f"texttok: {err.filename or 'file system'}: {err.strerror or err}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{err.filename2 or err.filename or 'file system'}: {err.strerror or err}")
+
+
+def _fail(message: str) -> NoReturn:
+    from texttok_cli.console import one_line
+
+    print(f"texttok: {one_line(message)}", file=sys.stderr)
+    sys.exit(1)

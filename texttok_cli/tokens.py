@@ -5,52 +5,57 @@ Letters: n images, N latent tokens, d latent channels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import TokenFileError
-from texttok_cli.files import load_safetensors, read_header, save_safetensors, sha256_file, write_json
+from texttok_cli.files import load_safetensors, parse_header, read_header, save_safetensors, sha256_file, write_json
 
 FORMAT = 1
 MAX_IMAGES = 1_000_000
+MAX_TEXT = 100_000  # characters of an id or a caption
 SUFFIX = ".tok.safetensors"
 TokenDtype = Literal["fp16", "fp32", "int8"]
 _STORED = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _NAMES = {"fp16": "F16", "fp32": "F32", "int8": "I8"}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=100_000)]
-Channels = Annotated[list[float], Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(pattern=r"^[^/\\]{1,256}$")]  # never a path
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Side = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Channels = Annotated[list[Finite], Field(min_length=1, max_length=4096)]
 
 
 class TokenHeader(Config):
     """What a token file says of its latents; lists hold one entry an image."""
 
     texttok_tokens: int  # version of this format
-    model_name: str = Field(max_length=256)  # never a path
+    model_name: Name
     model_sha256: Sha256
     dtype: TokenDtype
     image_size: int = Field(ge=1, le=65536)
     ids: list[Text] = Field(min_length=1, max_length=MAX_IMAGES)
     captions: list[Text] | None  # None: the model takes no text. "": the empty condition
     input_sha256: list[Sha256]  # of the image files' bytes
-    original_sizes: list[tuple[int, int]]  # (w, h) before the centre crop
+    original_sizes: list[tuple[Side, Side]]  # (w, h) before the centre crop
     mean: Channels | None = None  # int8 alone: z = mean + 4 std q / 127
     std: Channels | None = None
 
     @model_validator(mode="after")
     def _lists_agree(self) -> TokenHeader:
-        for name in ("captions", "input_sha256", "original_sizes"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.ids):
-                raise ValueError(f"{name} has {len(values)} entries for {len(self.ids)} images")
+        for name in _columns(self):
+            if len(getattr(self, name)) != len(self.ids):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.ids)} images")
         if (self.dtype == "int8") != (self.mean is not None and self.std is not None):
             raise ValueError("mean and std go with dtype int8, and int8 needs both")
         return self
@@ -62,6 +67,10 @@ class Tokens:
 
     z: Tensor
     header: TokenHeader
+
+    def __post_init__(self) -> None:
+        if self.z.ndim != 3 or len(self.z) != len(self.header.ids):
+            raise ValueError(f"latents are {tuple(self.z.shape)}, not (n, N, d) of {len(self.header.ids)} images")
 
     def __len__(self) -> int:
         return len(self.header.ids)
@@ -78,12 +87,14 @@ class Tokens:
 
 
 def save_tokens(path: Path, tokens: Tokens) -> None:
-    """Write a token file atomically; z is stored in the header's dtype. TokenFileError if a latent is not finite."""
+    """Write a token file atomically; z is stored in the header's dtype. TokenFileError if a latent is not finite in it."""
     header, z = tokens.header, tokens.z.float()
-    _check_finite(path, z, header.ids)
     if header.mean is not None and header.std is not None:
-        z = quantize_int8(z, torch.tensor(header.mean), torch.tensor(header.std))
-    save_safetensors(path, {"z": z.to(_STORED[header.dtype])}, header.model_dump(mode="json"))
+        stored = quantize_int8(z, torch.tensor(header.mean), torch.tensor(header.std))
+    else:
+        stored = z = z.to(_STORED[header.dtype])
+    _check_finite(path, z, header.ids)
+    save_safetensors(path, {"z": stored}, header.model_dump(mode="json"))
 
 
 def load_tokens(path: Path) -> Tokens:
@@ -100,16 +111,7 @@ def load_tokens(path: Path) -> Tokens:
 def load_token_header(path: Path) -> TokenHeader:
     """The header alone, checked against the file's size and tensors; no latent is read."""
     meta, tensors = read_header(path, error=TokenFileError)
-    version = meta.get("texttok_tokens")
-    if version is None:
-        raise TokenFileError(f"{path}: a texttok file, but not of tokens")
-    if version != FORMAT:
-        raise TokenFileError(f"{path}: token format {version}, this texttok reads {FORMAT}; update texttok")
-    try:
-        header = TokenHeader.model_validate(meta)
-    except ValidationError as err:
-        first = err.errors()[0]
-        raise TokenFileError(f"{path}: header: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    header = parse_header(meta, TokenHeader, key="texttok_tokens", version=FORMAT, path=path, error=TokenFileError)
     info = tensors.get("z")
     if info is None or len(tensors) != 1 or len(info.shape) != 3 or info.shape[0] != len(header.ids) or 0 in info.shape:
         raise TokenFileError(f"{path}: its tensors are not one z of {len(header.ids)} images")
@@ -122,7 +124,9 @@ def load_token_header(path: Path) -> TokenHeader:
 
 def quantize_int8(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """round(127 clip((z - mean) / (4 std), -1, 1)); z (..., d), mean and std (d,)."""
-    return (127 * ((z - mean) / (4 * std)).clamp(-1, 1)).round().to(torch.int8)
+    # A channel that never varied has std 0, and only its mean to say: 0 / tiny, not 0 / 0.
+    scale = (4 * std).clamp_min(torch.finfo(std.dtype).tiny)
+    return (127 * ((z - mean) / scale).clamp(-1, 1)).round().to(torch.int8)
 
 
 def dequantize_int8(q: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -133,76 +137,116 @@ def dequantize_int8(q: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _check_finite(path: Path, z: Tensor, ids: Sequence[str]) -> None:
     bad = (~z.flatten(1).isfinite().all(1)).nonzero().flatten()
     if len(bad):
-        raise TokenFileError(f"{path}: the tokens of {ids[int(bad[0])]} hold a value that is not finite")
+        raise TokenFileError(f"{path}: the tokens of {ids[int(bad[0])]} hold a value that is not finite or too large for the dtype")
 
 
 # ------------------------------------------------------------------ many images: shards and index.json
 
 
+class Statistics(Config):
+    """Per-channel sums over tokens, in float64; those of two sets of tokens add up."""
+
+    count: int = Field(ge=1)  # tokens, n*N
+    total: Channels
+    squares: Channels
+
+    @staticmethod
+    def of(z: Tensor) -> Statistics:
+        """Of the latents z (n, N, d)."""
+        flat = z.double().flatten(0, 1)  # (n*N, d)
+        return Statistics(count=len(flat), total=flat.sum(0).tolist(), squares=flat.square().sum(0).tolist())
+
+    def plus(self, other: Statistics) -> Statistics:
+        """Of both sets."""
+        total = [a + b for a, b in zip(self.total, other.total, strict=True)]
+        squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+        return Statistics(count=self.count + other.count, total=total, squares=squares)
+
+
 class Shard(Config):
-    """One file of a token folder."""
+    """One file of a token folder; the statistics are of the latents as stored."""
 
     file: str = Field(pattern=r"^shard-\d{5}\.tok\.safetensors$")
     images: int = Field(ge=1)
     sha256: Sha256
-
-
-class Statistics(Config):
-    """Per-channel sums over all tokens of a folder, in float64; sums of shards add up."""
-
-    count: int = 0  # tokens, n*N
-    total: list[float] = Field(default_factory=list)
-    squares: list[float] = Field(default_factory=list)
-
-    def plus(self, z: Tensor) -> Statistics:
-        """With the latents z (n, N, d) added."""
-        flat = z.double().flatten(0, 1)
-        total, squares = flat.sum(0), flat.square().sum(0)
-        if self.count:
-            total, squares = total + torch.tensor(self.total).double(), squares + torch.tensor(self.squares).double()
-        return Statistics(count=self.count + len(flat), total=total.tolist(), squares=squares.tolist())
+    statistics: Statistics
 
 
 class TokenIndex(Config):
     """index.json of a token folder."""
 
     texttok_index: int = FORMAT
-    model_name: str
+    model_name: Name
     model_sha256: Sha256
     dtype: TokenDtype
     shards: list[Shard] = Field(default_factory=list)
-    statistics: Statistics = Statistics()
+
+    def statistics(self) -> Statistics:
+        """Of all shards, of which there must be one."""
+        return reduce(Statistics.plus, (shard.statistics for shard in self.shards))
 
 
 class TokenFolder:
-    """A folder of token shards that grows shard by shard; what is in it when a run is cut off stays."""
+    """A folder of token shards that grows shard by shard; what is in it when a run is cut off stays.
+
+    Raises TokenFileError for a folder that holds tokens of another model or dtype, or a damaged index.
+    """
 
     def __init__(self, path: Path, *, model_name: str, model_sha256: str, dtype: TokenDtype, shard_size: int = 4096) -> None:
         self.path, self.shard_size = path, shard_size
         self.index = TokenIndex(model_name=model_name, model_sha256=model_sha256, dtype=dtype)
-        self.done: set[tuple[str, str, str | None]] = set()  # (id, input sha256, caption) of what is there
+        self._there: dict[str, tuple[str, str | None]] = {}  # id -> (input sha256, caption) of what the shards hold
         self._waiting: list[Tokens] = []
         if (path / "index.json").exists():
             self._resume(read_index(path))
 
+    def has(self, image_id: str, input_sha256: str, caption: str | None) -> bool:
+        """Whether the tokens of this image with this caption are there."""
+        return self._there.get(image_id) == (input_sha256, caption)
+
     def add(self, tokens: Tokens) -> None:
-        """Take tokens of some images; a shard is written whenever enough have come."""
+        """Take tokens of some images, in the place of what is there under their ids; a shard is written whenever enough have come."""
         self._waiting.append(tokens)
         if sum(map(len, self._waiting)) >= self.shard_size:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting as a shard, and then the index that names it."""
+        """Write what is waiting as a shard, then the index that names it; shards it replaced are deleted last."""
         if not self._waiting:
             return
         tokens = concatenate(self._waiting)
-        name = f"shard-{len(self.index.shards):05d}{SUFFIX}"
-        save_tokens(self.path / name, tokens)
-        shard = Shard(file=name, images=len(tokens), sha256=sha256_file(self.path / name))
-        changes: dict[str, Any] = {"shards": [*self.index.shards, shard], "statistics": self.index.statistics.plus(tokens.z)}
-        self.index = self.index.model_copy(update=changes)
+        before = self.index.shards
+        replaced = self._there.keys() & set(tokens.header.ids)
+        number = 1 + max((int(shard.file[6:11]) for shard in before), default=-1)
+        written = self._write(tokens, number)
+        shards = [*(self._without(replaced, number + 1) if replaced else before), written]
+        self.index = self.index.model_copy(update={"shards": shards})
         write_json(self.path / "index.json", self.index.model_dump(mode="json"))
+        for shard in before:
+            if shard not in shards:
+                (self.path / shard.file).unlink(missing_ok=True)
+        self._note(tokens.header)
         self._waiting = []
+
+    def _without(self, ids: set[str], number: int) -> Iterator[Shard]:
+        """The shards without these images; one that held any is written anew, under a number from `number` on."""
+        for place, shard in enumerate(self.index.shards):
+            tokens = load_tokens(self.path / shard.file)
+            kept = [i for i, image_id in enumerate(tokens.header.ids) if image_id not in ids]
+            if len(kept) == len(tokens):
+                yield shard
+            elif kept:
+                yield self._write(select(tokens, kept), number + place)
+
+    def _write(self, tokens: Tokens, number: int) -> Shard:
+        path = self.path / f"shard-{number:05d}{SUFFIX}"
+        save_tokens(path, tokens)
+        statistics = Statistics.of(load_tokens(path).z)
+        return Shard(file=path.name, images=len(tokens), sha256=sha256_file(path), statistics=statistics)
+
+    def _note(self, header: TokenHeader) -> None:
+        captions: Sequence[str | None] = header.captions or [None] * len(header.ids)
+        self._there.update(zip(header.ids, zip(header.input_sha256, captions, strict=True), strict=True))
 
     def _resume(self, found: TokenIndex) -> None:
         for key in ("model_sha256", "dtype"):
@@ -211,9 +255,7 @@ class TokenFolder:
                 raise TokenFileError(f"{self.path}: holds tokens with {key} {theirs[:12]}, not {ours[:12]}; choose another --out")
         self.index = found
         for shard in found.shards:
-            header = load_token_header(self.path / shard.file)
-            captions: Sequence[str | None] = header.captions or [None] * len(header.ids)
-            self.done.update(zip(header.ids, header.input_sha256, captions, strict=True))
+            self._note(load_token_header(self.path / shard.file))
 
 
 def read_index(folder: Path) -> TokenIndex:
@@ -222,10 +264,12 @@ def read_index(folder: Path) -> TokenIndex:
     if not path.is_file():
         raise TokenFileError(f"{folder}: not a folder of tokens (no index.json)")
     try:
-        return TokenIndex.model_validate_json(path.read_bytes())
-    except ValidationError as err:
-        first = err.errors()[0]
-        raise TokenFileError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise TokenFileError(f"{path}: damaged: not a JSON object; delete it and encode again")
+    return parse_header(value, TokenIndex, key="texttok_index", version=FORMAT, path=path, error=TokenFileError)
 
 
 def read_shards(folder: Path) -> Iterator[Tokens]:
@@ -240,21 +284,16 @@ def read_shards(folder: Path) -> Iterator[Tokens]:
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
     """Tokens of one model and dtype, one after the other."""
-    first = parts[0].header
-    lists: dict[str, Any] = {
-        name: [value for part in parts for value in getattr(part.header, name)] for name in ("ids", "input_sha256", "original_sizes")
-    }
-    if first.captions is not None:
-        lists["captions"] = [caption for part in parts for caption in part.header.captions or []]
-    return Tokens(torch.cat([part.z for part in parts]), first.model_copy(update=lists))
+    columns = {name: [value for part in parts for value in getattr(part.header, name)] for name in _columns(parts[0].header)}
+    return Tokens(torch.cat([part.z for part in parts]), parts[0].header.model_copy(update=columns))
 
 
-def select(tokens: Tokens, chosen: slice) -> Tokens:
-    """Some of the images."""
-    header = tokens.header
-    lists: dict[str, Any] = {
-        name: getattr(header, name)[chosen]
-        for name in ("ids", "input_sha256", "original_sizes", "captions")
-        if getattr(header, name) is not None
-    }
-    return replace(tokens, z=tokens.z[chosen], header=header.model_copy(update=lists))
+def select(tokens: Tokens, chosen: Sequence[int]) -> Tokens:
+    """Some of the images, by index."""
+    columns = {name: [getattr(tokens.header, name)[i] for i in chosen] for name in _columns(tokens.header)}
+    return Tokens(tokens.z[list(chosen)], tokens.header.model_copy(update=columns))
+
+
+def _columns(header: TokenHeader) -> list[str]:
+    """The fields with an entry an image."""
+    return [name for name in ("ids", "captions", "input_sha256", "original_sizes") if getattr(header, name) is not None]

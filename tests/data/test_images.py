@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, picture
+from pictures import encoded, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 

@@ -1,10 +1,12 @@
 import io
 import json
+import os
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import encoded, picture
+from pictures import encoded, picture
 
 from texttok_cli.data import Skipped, load_image, open_dataset
 from texttok_cli.errors import DataError
@@ -190,3 +192,11 @@ def test_a_dataset_survives_pickling_and_notices_a_file_that_has_gone(tmp_path):
     image.unlink()
     with pytest.raises(DataError, match=r"^a\.png: .*No such file"):
         dataset.read(0)
+
+
+def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
+    (tmp_path / "good.png").write_bytes(PNG)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png")).write_bytes(PNG)
+    dataset = open_dataset([tmp_path])
+    assert [item.id for item in dataset.items] == ["good.png"]
+    assert "not UTF-8" in dataset.skipped[0].reason

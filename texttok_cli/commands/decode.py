@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -42,27 +43,29 @@ def decode(
     """Turn tokens back into images.
 
     A token file carries its captions and names its model, so nothing else is needed. Without OUT, IMAGE.tok.safetensors gives
-    IMAGE.rec.png beside it and a folder of shards a folder NAME.rec; OUT is a folder, or for one image a .png file.
+    IMAGE.rec.png beside it and a folder of shards a folder NAME.rec; OUT is a folder, or for one image a .png file. What is
+    there under these names is replaced, but never the very image that was encoded.
     """
     from texttok_cli.console import emit, progress
-    from texttok_cli.tokens import select
 
-    total = sum(_count(path) for path in tokens)
-    target = _Target(out, total)
+    counts = {path: _count(path) for path in tokens}
+    target = _Target(out, counts)
     tokenizer: Tokenizer | None = None
     with progress(quiet=quiet) as bar:
-        task = bar.add_task("decoding", total=total, note="")
-        for path, part in _parts(tokens):
+        task = bar.add_task("decoding", total=target.total, note="")
+        for path, part in _parts(counts):
             if tokenizer is None or tokenizer.info.sha256 != part.header.model_sha256:
                 tokenizer = _load(part, path, model, device, precision, offline)
+            _check_fits(tokenizer, part, path)
+            captions = part.header.captions if caption is None else [caption] * len(part)
             for start in range(0, len(part), batch_size):
-                chosen = select(part, slice(start, start + batch_size))
-                images = tokenizer.decode(chosen.z, _captions(chosen, caption))
-                for image_id, image in zip(chosen.header.ids, images, strict=True):
-                    target.save(path, image_id, image)
+                chosen = slice(start, start + batch_size)
+                images = tokenizer.decode(part.z[chosen], captions and captions[chosen])
+                for image, image_id, sha256 in zip(images, part.header.ids[chosen], part.header.input_sha256[chosen], strict=True):
+                    target.save(image, image_id, sha256, source=path)
                 bar.advance(task, len(images))
     written = [str(path) for path in target.written]
-    emit({"images": total, "out": written if json or total == 1 else str(out or "beside the token files")}, as_json=json)
+    emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
 
 
 def _count(path: Path) -> int:
@@ -71,7 +74,7 @@ def _count(path: Path) -> int:
     return sum(shard.images for shard in read_index(path).shards) if path.is_dir() else len(load_token_header(path).ids)
 
 
-def _parts(tokens: list[Path]) -> Iterator[tuple[Path, Tokens]]:
+def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:
     """Every token file of the inputs, with the input it came from."""
     from texttok_cli.tokens import load_tokens, read_shards
 
@@ -99,40 +102,69 @@ def _load(part: Tokens, path: Path, model: str | None, device: str, precision: L
     return tokenizer
 
 
-def _captions(part: Tokens, override: str | None) -> list[str] | None:
-    if part.header.captions is None or override is None:
-        return part.header.captions
-    return [override] * len(part)
+def _check_fits(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
+    """TokenFileError for a header that names this model and latents that can't be its own."""
+    from texttok_cli.errors import TokenFileError
+
+    cfg = tokenizer.cfg
+    theirs, ours = (*part.z.shape[1:], part.header.image_size), (cfg.num_tokens, cfg.latent_dim, cfg.image_size)
+    if theirs != ours:
+        raise TokenFileError(f"{path}: damaged: N, d and image size are {theirs}, those of its model {tokenizer.info.name} {ours}")
+    if (part.header.captions is None) != (tokenizer.text_condition is None):
+        raise TokenFileError(f"{path}: damaged: it has captions and its model {tokenizer.info.name} takes none, or the reverse")
 
 
 class _Target:
     """Where decoded images go: a PNG file, a folder, or beside their token files."""
 
-    def __init__(self, out: Path | None, total: int) -> None:
-        self.out, self.total = out, total
-        self.written: dict[Path, Path] = {}  # image -> the token file it came from
+    def __init__(self, out: Path | None, counts: Mapping[Path, int]) -> None:
+        """`counts`: images of each input. DataError if `out` is a file's name that can't be."""
+        from texttok_cli.data.items import IMAGE_SUFFIXES
+        from texttok_cli.errors import DataError
 
-    def save(self, source: Path, image_id: str, image: Tensor) -> None:
-        """Write one uint8 image (3, S, S) as PNG, atomically. DataError rather than over another image of this run."""
+        self.out, self.counts, self.total = out, counts, sum(counts.values())
+        self.written: dict[Path, Path] = {}  # image -> the input it came from
+        self.image_suffixes = IMAGE_SUFFIXES
+        suffix = "" if out is None or out.is_dir() else out.suffix.lower()
+        self.is_file = suffix == ".png" and self.total == 1
+        if suffix in IMAGE_SUFFIXES and not self.is_file:
+            raise DataError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
+
+    def save(self, image: Tensor, image_id: str, input_sha256: str, *, source: Path) -> None:
+        """Write one uint8 image (3, S, S) as PNG, atomically.
+
+        DataError rather than over another image of this run, or over the file that was encoded.
+        """
         from PIL import Image
 
         from texttok_cli.errors import DataError
-        from texttok_cli.files import atomic_path
+        from texttok_cli.files import atomic_path, sha256_file
 
         path = self._path(source, image_id)
         if path in self.written:
             raise DataError(f"{source}: {path} was just written from {self.written[path]}; decode them into different folders")
+        if path.is_file() and sha256_file(path) == input_sha256:
+            raise DataError(f"{path}: is the very image that was encoded; choose another --out")
         with atomic_path(path) as temporary:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
         self.written[path] = source
 
     def _path(self, source: Path, image_id: str) -> Path:
-        if self.out is not None and self.total == 1 and self.out.suffix.lower() == ".png":
+        if self.out is not None and self.is_file:
             return self.out
-        name = source.name.removesuffix(".safetensors").removesuffix(".tok")
-        if self.out is None and not source.is_dir() and _count(source) == 1:
-            return source.with_name(f"{name}.rec.png")
-        # An id may be a path (of a folder's or a list's image): what is written stays inside the folder.
-        parts = [part for part in PurePosixPath(image_id).parts if part not in ("/", "..")]
-        folder = self.out or source.with_name(f"{name}.rec")
-        return folder.joinpath(*parts).with_suffix(".png")
+        place = source.resolve() if source.is_dir() else source  # the folder may be called `.`
+        name = place.name.removesuffix(".safetensors").removesuffix(".tok")
+        if self.out is None and not source.is_dir() and self.counts[source] == 1:
+            return place.with_name(f"{name}.rec.png")
+        *folders, last = safe_parts(image_id)
+        folder = (self.out or place.with_name(f"{name}.rec")).joinpath(*folders)
+        stem = last[: last.rindex(".")] if Path(last).suffix.lower() in self.image_suffixes else last
+        path = folder / f"{stem}.png"
+        # a.png and a.jpg of one folder: the second keeps its whole name.
+        return folder / f"{last}.png" if self.written.get(path) == source else path
+
+
+def safe_parts(image_id: str) -> list[str]:
+    """An id, which may be any path or text, as the parts of a path that stays inside its folder and that every system takes."""
+    parts = [re.sub(r'[<>:"|?*\x00-\x1f]', "_", part.rstrip(". ")) for part in re.split(r"[/\\]", image_id)]
+    return [part for part in parts if part] or ["image"]

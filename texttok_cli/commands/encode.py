@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -52,15 +53,22 @@ def encode(
 
     An image file gives IMAGE.tok.safetensors beside it, or in the folder or as the file OUT. A folder, manifest, shard
     or list gives shards of tokens and an index.json in the folder OUT. What is there already, made from the same image
-    and caption by the same model, is skipped: run the command again after an interruption.
+    and caption by the same model, is skipped: run the command again after an interruption. The batch size changes no
+    latent by more than 1e-4 (fp32).
     """
     from texttok_cli.console import emit, progress, say
     from texttok_cli.data import open_dataset
+    from texttok_cli.errors import DataError
     from texttok_cli.inference import encode_dataset, load_tokenizer
 
+    _check_one_source(caption, captions, no_caption)
     dataset = open_dataset(inputs, captions=captions, caption_field=caption_field)
+    if caption is not None and len(dataset) != 1:
+        raise DataError(f"--caption is for one image, these inputs hold {len(dataset):,}; give --captions FILE.jsonl")
     target = _target(inputs, dataset, out)
     tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
+    if tokenizer.text_condition is None and (caption is not None or captions is not None):
+        raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or take a model with text")
     texts = _texts(tokenizer, dataset, caption=caption, no_caption=no_caption)
     job = _Folder(target, tokenizer, dtype) if isinstance(target, Path) else _Files(target, tokenizer, dtype)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
@@ -72,10 +80,10 @@ def encode(
             bar.advance(task)
 
         def wanted(index: int, sha256: str) -> bool:
-            new = not job.has(index, dataset.items[index].id, sha256, None if texts is None else texts[index])
-            if not new:
+            there = job.has(index, dataset.items[index].id, sha256, None if texts is None else texts[index])
+            if there:
                 bar.advance(task)
-            return new
+            return not there
 
         try:
             parts = encode_dataset(tokenizer, dataset, texts, dtype=dtype, batch_size=batch_size, on_error=on_error, wanted=wanted)
@@ -87,12 +95,20 @@ def encode(
     for image_id, reason in failed:
         say(f"skipped {image_id}: {reason}")
     if job.cropped and not quiet:
-        say(f"{job.cropped:,} of {job.encoded:,} images are not square: the centre was taken")
+        say(f"not square, so the centre was taken: {job.cropped:,} of {job.encoded:,} images")
     if tokenizer.text is not None and tokenizer.text.truncated and not quiet:
-        say(f"{tokenizer.text.truncated:,} captions are longer than {tokenizer.text.max_tokens} text tokens: their end was cut off")
+        say(f"longer than {tokenizer.text.max_tokens} text tokens, so the end was cut off: {tokenizer.text.truncated:,} captions")
     emit(_summary(job, tokenizer, len(dataset) - len(failed) + len(dataset.skipped), len(failed)), as_json=json)
     if failed:
         raise typer.Exit(1)
+
+
+def _check_one_source(caption: str | None, captions: Path | None, no_caption: bool) -> None:
+    from texttok_cli.errors import DataError
+
+    given = {"--caption": caption is not None, "--captions": captions is not None, "--no-caption": no_caption}
+    if sum(given.values()) > 1:
+        raise DataError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
 
 
 def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
@@ -100,7 +116,8 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     from texttok_cli.errors import DataError
     from texttok_cli.tokens import SUFFIX
 
-    images_only = all(str(item.path) in inputs for item in dataset.items) and not any(item.in_shard for item in dataset.items)
+    named = {Path(name) for name in inputs}
+    images_only = all(item.path in named and not item.in_shard for item in dataset.items)
     if not images_only or "-" in inputs:
         if out is None:
             raise DataError("these inputs hold a data set: name the folder for its tokens with -o OUT")
@@ -112,35 +129,28 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
             raise DataError(f"{out}: is one file, and there are {len(dataset)} images; name a folder")
         return [out]
     files = [(out or item.path.parent) / f"{item.path.stem}{SUFFIX}" for item in dataset.items]
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
+    twice, times = Counter(files).most_common(1)[0]
+    if times > 1:
         raise DataError(f"{twice}: would be written for two of the images; encode them into different folders with -o")
     return files
 
 
 def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, no_caption: bool) -> list[str] | None:
     """One text an image, or None for a model without text."""
-    from texttok_cli.errors import DataError
     from texttok_cli.inference import texts_for
 
     if tokenizer.text_condition is None:
-        if caption is not None:
-            raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption, or take a model with text")
         return None
     if no_caption:
-        if caption is not None:
-            raise DataError("--caption and --no-caption exclude each other")
         return [""] * len(dataset)
     if caption is not None:
-        if len(dataset) != 1:
-            raise DataError(f"--caption is for one image, these inputs hold {len(dataset):,}; give --captions FILE.jsonl")
         return [caption]
     return texts_for(dataset.items, tokenizer.text_condition)
 
 
 def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
     """What the command reports; the ratios are to the uncompressed pixels that were encoded (24 bits each)."""
-    summary: dict[str, object] = {"out": job.where, "model": tokenizer.info.name, "images": job.encoded}
+    summary: dict[str, object] = {"out": job.out, "model": tokenizer.info.name, "images": job.encoded}
     if readable > job.encoded:
         summary["already_there"] = readable - job.encoded
     if failed:
@@ -174,6 +184,7 @@ class _Files(_Job):
     def __init__(self, files: list[Path], tokenizer: Tokenizer, dtype: str) -> None:
         super().__init__()
         self.files, self.tokenizer, self.dtype = files, tokenizer, dtype
+        self.there: set[Path] = set()  # those of the files that are written or were before
 
     def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
         from texttok_cli.errors import TokenFileError
@@ -186,21 +197,25 @@ class _Files(_Job):
         except TokenFileError:
             return False  # damaged: written anew
         recorded = (header.input_sha256, header.captions, header.model_sha256, header.dtype)
-        return recorded == ([sha256], None if caption is None else [caption], self.tokenizer.info.sha256, self.dtype)
+        same = recorded == ([sha256], None if caption is None else [caption], self.tokenizer.info.sha256, self.dtype)
+        if same:
+            self.there.add(self.files[index])
+        return same
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
         from texttok_cli.tokens import save_tokens, select
 
         self.count(tokens)
         for i, index in enumerate(indices):
-            save_tokens(self.files[index], select(tokens, slice(i, i + 1)))
+            save_tokens(self.files[index], select(tokens, [i]))
+            self.there.add(self.files[index])
 
     def finish(self) -> None:
         """Every file is written by now."""
 
     @property
-    def where(self) -> str:
-        return ", ".join(map(str, self.files))
+    def out(self) -> list[str]:
+        return [str(file) for file in self.files if file in self.there]
 
 
 class _Folder(_Job):
@@ -213,7 +228,7 @@ class _Folder(_Job):
         self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
 
     def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
-        return (image_id, sha256, caption) in self.folder.done
+        return self.folder.has(image_id, sha256, caption)
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
         self.count(tokens)
@@ -223,5 +238,5 @@ class _Folder(_Job):
         self.folder.flush()
 
     @property
-    def where(self) -> str:
+    def out(self) -> str:
         return str(self.folder.path)

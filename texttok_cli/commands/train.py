@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,10 +37,12 @@ def train(
         emit(plan(resolved), as_json=json)
         return
     from texttok_cli.training.loop import Interrupted
-    from texttok_cli.training.session import Reporter, run_training
+    from texttok_cli.training.report import Reporter
+    from texttok_cli.training.session import run_training
 
+    speaks = os.environ.get("RANK", "0") == "0"  # torchrun's and accelerate's: one of many processes reports
     folder = out or Path("runs") / Path(recipe).stem
-    with progress(quiet=quiet) as bar:
+    with progress(quiet=quiet or not speaks) as bar:
         tasks: dict[str, int] = {}
 
         def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
@@ -48,11 +51,12 @@ def train(
             note = {"note": "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("l2", "perceptual", "lr_scale"))} if values else {}
             bar.update(tasks[what], completed=done, **note)  # type: ignore[arg-type]
 
+        report = Reporter(say if speaks and not quiet else lambda _: None, on_progress)
         try:
-            model = run_training(
-                resolved, folder, Reporter(say if not quiet else lambda _: None, on_progress), offline=offline, cpu=device == "cpu"
-            )
+            model = run_training(resolved, folder, report, offline=offline, cpu=device == "cpu")
         except Interrupted as stop:
-            say(f"texttok: {stop}")
+            if speaks:
+                say(f"texttok: {stop}")
             raise typer.Exit(130) from None
-    emit({"model": str(model), "run": str(folder)}, as_json=json)
+    if speaks:
+        emit({"model": str(model), "run": str(folder)}, as_json=json)

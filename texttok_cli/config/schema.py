@@ -112,6 +112,25 @@ class ContinuousBottleneck(Config):
     kind: Literal["continuous"] = "continuous"
 
 
+class KLBottleneck(Config):
+    """A diagonal Gaussian, as latent diffusion's VAE: sampled in training, its mean everywhere else."""
+
+    kind: Literal["kl"]
+    weight: float = Field(1e-6, ge=0)  # latent diffusion's and TA-TiTok's VAE
+
+
+class VQBottleneck(Config):
+    """Vector quantisation by l2-normalised codes (Appendix A names a VQ variant; its settings are not public: TA-TiTok's [I])."""
+
+    kind: Literal["vq"]
+    codes: int = Field(8192, ge=2, le=1 << 20)
+    commitment: float = Field(0.25, ge=0)
+    weight: float = Field(1.0, ge=0)
+
+
+BottleneckConfig = Annotated[ContinuousBottleneck | KLBottleneck | VQBottleneck, Field(discriminator="kind")]
+
+
 class TokenizerConfig(Config):
     """TexTok (Sec. 3.2), or with `condition: {source: none}` its Baseline."""
 
@@ -120,7 +139,7 @@ class TokenizerConfig(Config):
     num_tokens: int = Field(32, ge=1, le=65536)
     latent_dim: int = Field(8, ge=1, le=4096)  # Sec. 4.1
     backbone: Annotated[Backbone, BeforeValidator(_expand_size)] = Field("B", validate_default=True)
-    bottleneck: ContinuousBottleneck = ContinuousBottleneck()
+    bottleneck: BottleneckConfig = ContinuousBottleneck()
     condition: ConditionConfig = NoCondition()
 
     @model_validator(mode="after")
@@ -145,17 +164,48 @@ class DataConfig(Config):
     val: list[str] = []
     captions: str | None = None  # a captions.jsonl that overrides what stands beside the images
     caption_field: str | None = None  # key in a shard's .json: measured, captions, longest, ...
+    crop: Literal["center", "random"] = "center"  # random: where along the longer side, after the short side is scaled
     flip: bool = True
     cache: bool = False  # keep the decoded images in memory (uint8)
     workers: int = Field(4, ge=0, le=256)
+
+    @model_validator(mode="after")
+    def _cached_crops_are_fixed(self) -> DataConfig:
+        if self.cache and self.crop == "random":
+            raise ValueError("cache keeps one crop an image: set cache to false for crop random")
+        return self
 
 
 class PerceptualLoss(Config):
     """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
 
-    net: Literal["stlpips-alex", "stlpips-vgg"] = "stlpips-vgg"
+    net: Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex", "resnet50-logits"] = "lpips-vgg"
     weight: float = Field(0.1, ge=0)  # [I] appendix as transcribed by a public config; MAGVIT App. B.2
     start: int = Field(0, ge=0)  # optimizer step from which it counts
+
+
+class DiscriminatorConfig(Config):
+    """StyleGAN's discriminator (Sec. 4.1: ~24 M parameters): channels of level i are base * multipliers[i]."""
+
+    base: int = Field(128, ge=1, le=4096)  # [I] with these multipliers 24.2 M at 256 px, as the paper says
+    multipliers: list[float] = Field([1, 2, 4, 4, 4, 4], min_length=1, max_length=12)  # 512 px: [0.5, 1, 2, 4, 4, 4, 4]
+    lr: float = Field(1e-4, gt=0)  # [I] MAGVIT: Adam, the generator's rate and betas
+    betas: tuple[float, float] = (0.0, 0.99)
+
+
+class AdversarialLoss(Config):
+    """GAN with R1 and LeCAM (Sec. 3.2, following MAGVIT-v2), from one optimizer step on."""
+
+    kind: Literal["non_saturating", "hinge"] = "non_saturating"
+    weight: float = Field(0.1, ge=0)  # [I] MAGVIT
+    start: int = Field(80_000, ge=0)  # [I]
+    ramp: int = Field(0, ge=0)  # steps over which the generator's weight then grows from 0
+    adaptive: bool = False  # scale the weight by the ratio of the gradients' norms at the last layer, as VQGAN
+    r1: float = Field(10.0, ge=0)  # [I] times E||grad_x D||^2, without 1/2
+    r1_every: int = Field(1, ge=1)  # k: applied every k-th step, times k
+    lecam: float = Field(1e-4, ge=0)  # [I]
+    lecam_decay: float = Field(0.999, ge=0, lt=1)
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 class Objective(Config):
@@ -163,6 +213,7 @@ class Objective(Config):
 
     l2: float = Field(1.0, ge=0)
     perceptual: PerceptualLoss | None = PerceptualLoss()
+    adversarial: AdversarialLoss | None = None
 
 
 class OptimizerConfig(Config):
@@ -190,16 +241,23 @@ class TrainConfig(Config):
     """The run itself."""
 
     seed: int = 0
+    start_from: str | None = None  # a model of the same configuration whose weights the run begins with: bundled name, path or hf://
     batch_size: int = Field(256, ge=1)  # [I] global: over all processes
+    accumulate: int = Field(1, ge=1)  # forward and backward passes that a process's part of the batch is split into
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
+    checkpointing: bool = False  # compute each block again in the backward pass instead of keeping its activations
     ema: float = Field(0.999, ge=0, lt=1)  # [I]
     weights: Literal["fp32", "bf16"] = "fp32"  # how OUT/model.safetensors stores them
     text_cache: bool = False  # embed every caption once, to disk, before training
+    # A step whose gradient is not finite, or over `spike` times its running mean, is not taken; three in a row roll back.
+    spike: float | None = Field(None, gt=1)
+    trackers: list[Literal["tensorboard", "wandb"]] = []  # beside metrics.jsonl
     log_every: int = Field(50, ge=1)
     save_every: int = Field(5000, ge=1)
     val_every: int = Field(5000, ge=1)
     val_images: int = Field(512, ge=1)
+    grid_images: int = Field(8, ge=0)  # validation images drawn beside their reconstructions at every validation
 
 
 class Recipe(Config):
@@ -213,3 +271,12 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     training: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _adaptive_runs_uncompiled(self) -> Recipe:
+        adversarial = self.objective.adversarial
+        if adversarial is not None and adversarial.adaptive and self.training.compile:
+            raise ValueError(
+                "objective.adversarial.adaptive reads the gradients twice, compiled graphs allow it once: set training.compile to false"
+            )
+        return self

@@ -38,25 +38,40 @@ _opening = threading.Lock()
 
 
 def load_image(data: bytes, *, name: str) -> Image.Image:
-    """The bytes of an image file -> RGB, 8 bits, upright (EXIF), transparency over white, first frame of an animation.
+    """The bytes of an image file -> RGB as `to_rgb` makes it.
 
-    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile. Raises DataError naming `name` for what is
-    no image, is damaged or cut short, has over MAX_PIXELS pixels, or pixels of no agreed range (floating point, 32 bits).
+    Raises DataError naming `name` for what is no image, is damaged or cut short, has over MAX_PIXELS pixels, or pixels of
+    no agreed range (floating point, 32 bits).
     """
     try:
         image = _open(data)
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{name}: {image.width:,} x {image.height:,} pixels, over the limit of {MAX_PIXELS:,}; scale it down first")
-        image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        rgb = _to_rgb(image, name)
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image, or of a kind that can't be read ({', '.join(KINDS)} can)") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: over the limit of {MAX_PIXELS:,} pixels; scale it down first") from None
     except DAMAGED as err:
-        raise DataError(f"{name}: damaged or cut short ({' '.join(str(err).split()) or type(err).__name__})") from None
+        raise _damaged(name, err) from None
+    return to_rgb(image, name=name)
+
+
+def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
+    """An opened image -> RGB, 8 bits, upright (EXIF), transparency over white, first frame of an animation.
+
+    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile. Raises DataError as `load_image` does.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{name}: {image.width:,} x {image.height:,} pixels, over the limit of {MAX_PIXELS:,}; scale it down first")
+    try:
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        rgb = _to_rgb(image, name)
+    except DAMAGED as err:
+        raise _damaged(name, err) from None
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _damaged(name: str, err: Exception) -> DataError:
+    return DataError(f"{name}: damaged or cut short ({' '.join(str(err).split()) or type(err).__name__})")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -82,8 +97,10 @@ def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int, *, at: float = 0.5) -> Image.Image:
     """The ADM rule (guided-diffusion, `center_crop_arr`): BOX halving, BICUBIC to the short side, centre crop to size x size.
+
+    Another `at` in [0, 1] takes another part of the longer side, from its begin (0) to its end (1).
 
     Raises DataError for an image so narrow that it would have over MAX_PIXELS pixels before the crop.
     """
@@ -94,7 +111,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise DataError(f"too narrow ({image.width:,} x {image.height:,} pixels) for a square of {size} x {size}; crop it first")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = int((width - size) * at), int((height - size) * at)
     return image.crop((left, top, left + size, top + size))
 
 

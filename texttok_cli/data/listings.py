@@ -32,7 +32,9 @@ def from_folder(folder: Path) -> Iterator[Item | Skipped]:
         relative, suffix = path.relative_to(folder), path.suffix.lower()
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
-        if suffix in FOREIGN_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES and not _is_utf8(relative.as_posix()):
+            yield Skipped(ascii(relative.as_posix()), "its name is not UTF-8; rename it")
+        elif suffix in FOREIGN_SUFFIXES:
             yield Skipped(relative.as_posix(), f"{suffix} images can't be read; convert it to PNG or JPEG")
         elif suffix in IMAGE_SUFFIXES:
             class_name = relative.parent.as_posix() if len(relative.parts) > 1 else None
@@ -86,6 +88,11 @@ def with_captions(items: list[Item], path: Path) -> list[Item]:
         return item.caption
 
     return [replace(item, caption=caption_of(item)) for item in items]
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name can be written down: bytes that are no UTF-8 arrive as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def json_or_none(text: str) -> Any:

@@ -30,26 +30,27 @@ class Batch:
 
 
 class SampleStream:
-    """The endless order of training samples: permutations of n, one an epoch, and a flip for each sample.
+    """The endless order of training samples: permutations of n, one an epoch, with a flip and a place of the crop for each sample.
 
-    Both are functions of (seed, epoch, sample index) alone, so position `p` means the same sample for any batch size,
+    All are functions of (seed, epoch, sample index) alone, so position `p` means the same sample for any batch size,
     number of workers or processes, and after any interruption.
     """
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed, self._epoch = n, seed, -1
-        self._order = self._flips = torch.empty(0)
+        self._order = self._flips = self._crops = torch.empty(0)
 
-    def __getitem__(self, position: int) -> tuple[int, bool]:
-        """(dataset index, flip) of the sample at this position."""
+    def __getitem__(self, position: int) -> tuple[int, bool, float]:
+        """(dataset index, flip, place of the crop in [0, 1)) of the sample at this position."""
         epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.n, generator=generator)
             self._flips = torch.rand(self.n, generator=generator) < 0.5
+            self._crops = torch.rand(self.n, generator=generator)
             self._epoch = epoch
         index = int(self._order[place])
-        return index, bool(self._flips[index])
+        return index, bool(self._flips[index]), float(self._crops[index])
 
     def substitute(self, position: int, attempt: int) -> int:
         """The dataset index that stands in for a damaged image at this position, at the given attempt (1 to MAX_REDRAWS)."""
@@ -73,6 +74,7 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         flip: bool,
+        random_crop: bool = False,
         workers: int = 0,
         cache: bool = False,
         rank: int = 0,
@@ -80,7 +82,7 @@ class TrainLoader:
     ) -> None:
         if not len(dataset):
             raise DataError("no training images")
-        self.samples = _Samples(dataset, image_size, flip, seed, cache)
+        self.samples = _Samples(dataset, image_size, seed, flip=flip, random_crop=random_crop, cache=cache)
         self.batch_size, self.workers, self.rank, self.world_size = batch_size, workers, rank, world_size
         self.damaged: dict[str, str] = {}
 
@@ -139,17 +141,18 @@ class _Positions(Sampler[list[int]]):
 class _Samples(TorchDataset[_Sample]):
     """Stream position -> decoded, cropped, flipped image."""
 
-    def __init__(self, dataset: Dataset, image_size: int, flip: bool, seed: int, cache: bool) -> None:
-        self.dataset, self.image_size, self.flip = dataset, image_size, flip
+    def __init__(self, dataset: Dataset, image_size: int, seed: int, *, flip: bool, random_crop: bool, cache: bool) -> None:
+        self.dataset, self.image_size, self.flip, self.random_crop = dataset, image_size, flip, random_crop
         self.stream = SampleStream(len(dataset), seed)
         self.cache: dict[int, Tensor] | None = {} if cache else None
 
     def __getitem__(self, position: int) -> _Sample:
-        index, flip = self.stream[position]
+        index, flip, place = self.stream[position]
+        at = place if self.random_crop else 0.5
         damaged: dict[str, str] = {}
         for attempt in range(1, MAX_REDRAWS + 1):
             try:
-                image = self._image(index)
+                image = self._image(index, at)
             except DataError as err:
                 damaged[self.dataset.items[index].id] = str(err)
                 index = self.stream.substitute(position, attempt)
@@ -157,11 +160,11 @@ class _Samples(TorchDataset[_Sample]):
                 return _Sample(image.flip(2) if flip and self.flip else image, index, damaged)
         return _Sample(None, index, damaged)
 
-    def _image(self, index: int) -> Tensor:
+    def _image(self, index: int, at: float) -> Tensor:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         item = self.dataset.items[index]
-        image = to_tensor(center_crop(load_image(self.dataset.read(index), name=item.id), self.image_size))
+        image = to_tensor(center_crop(load_image(self.dataset.read(index), name=item.id), self.image_size, at=at))
         if self.cache is not None:
             self.cache[index] = image
         return image

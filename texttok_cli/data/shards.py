@@ -29,13 +29,14 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
     """Images of a shard in its order; only headers and texts are read. What a cut or damaged shard has lost is Skipped."""
     index = _scan(path)
     size = path.stat().st_size
+    last = next(reversed(index.images), None)
     for key, member in index.images.items():
         texts = index.texts.get(key, {})
         info = json_or_none(texts.get(".json", "{}"))
         if member.offset_data + member.size > size:
             yield Skipped(key, f"{path.name} is cut short within this image")
-        elif not texts and index.texts and index.broken:
-            yield Skipped(key, f"{path.name} is cut short before this image's caption")
+        elif index.broken and not texts and (index.texts or key == last):
+            yield Skipped(key, f"{path.name} is cut short behind this image, where its caption may have been")
         elif not isinstance(info, dict):
             yield Skipped(key, f"its .json in {path.name} is damaged")
         else:

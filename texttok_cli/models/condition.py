@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, Placement, TokenizerConfig
 from texttok_cli.models.layers import Block
@@ -76,6 +77,7 @@ class ConditionedTransformer(nn.Module):
         self.in_context = not cross
         self.blocks = nn.ModuleList(Block(backbone, cross=cross) for _ in range(backbone.depth))
         self.norm = nn.LayerNorm(backbone.width)
+        self.checkpointing = False  # compute each block again in the backward pass instead of keeping its activations
 
     def forward(self, x: Tensor, keep: slice, cond: Condition | None) -> Tensor:
         """Tokens x (B, L, D) and the condition (B, T, C) -> the tokens in `keep`, normalised, (B, K, D).
@@ -94,7 +96,10 @@ class ConditionedTransformer(nn.Module):
                 text, text_mask = projected.tokens, projected.mask
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x, mask, text, text_mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, text, text_mask, use_reentrant=False)
+            else:
+                x = block(x, mask, text, text_mask)
         return self.norm(last(x, mask, text, text_mask, keep))  # type: ignore[no-any-return]
 
 

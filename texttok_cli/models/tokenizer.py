@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import ClassEmbedding, NoCondition, TokenizerConfig
-from texttok_cli.models.bottleneck import Continuous, Latents
+from texttok_cli.config.schema import ClassEmbedding, KLBottleneck, NoCondition, TokenizerConfig, VQBottleneck
+from texttok_cli.models.bottleneck import KL, VQ, Bottleneck, Continuous, Latents
 from texttok_cli.models.condition import Condition, ConditionedTransformer
 from texttok_cli.models.layers import Block
 
@@ -30,7 +30,7 @@ class TexTok(nn.Module):
         self.patch_pos = nn.Parameter(torch.empty(cfg.num_patches, dim))
         self.latent_tokens = nn.Parameter(torch.empty(cfg.num_tokens, dim))
         self.tokenizer = ConditionedTransformer(cfg, "tokenizer")
-        self.bottleneck = Continuous(dim, cfg.latent_dim)
+        self.bottleneck = _bottleneck(cfg)
         # detokenizer
         self.latent_embed = nn.Linear(cfg.latent_dim, dim)
         self.latent_pos = nn.Parameter(torch.empty(cfg.num_tokens, dim))
@@ -81,6 +81,10 @@ class TexTok(nn.Module):
             raise ValueError("this model has no class embedding")
         return Condition(self.classes(class_ids)[:, None])
 
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether training computes each block again in the backward pass instead of keeping its activations."""
+        self.tokenizer.checkpointing = self.detokenizer.checkpointing = on
+
     def block_matrices(self) -> list[nn.Parameter]:
         """The transformer blocks' weight matrices: what Muon orthogonalises."""
         return [p for m in self.modules() if isinstance(m, Block) for p in m.parameters() if p.ndim == 2]
@@ -102,6 +106,15 @@ class TexTok(nn.Module):
             blocks = [m for m in self.modules() if isinstance(m, Block)]
             for linear in [out for block in blocks for out in block.residual_outputs()] + [self.to_pixels]:
                 nn.init.zeros_(linear.weight)
+
+
+def _bottleneck(cfg: TokenizerConfig) -> Bottleneck:
+    dim, chosen = cfg.backbone.width, cfg.bottleneck
+    if isinstance(chosen, KLBottleneck):
+        return KL(dim, cfg.latent_dim, weight=chosen.weight)
+    if isinstance(chosen, VQBottleneck):
+        return VQ(dim, cfg.latent_dim, codes=chosen.codes, commitment=chosen.commitment, weight=chosen.weight)
+    return Continuous(dim, cfg.latent_dim)
 
 
 def trunc_normal(weight: Tensor, std: float) -> None:

@@ -1,45 +1,117 @@
-"""The only file that imports Accelerate: device, processes, precision, wrapping, reductions."""
+"""The only file that imports Accelerate: device, processes, precision, wrapping, reductions, trackers."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from texttok_cli.config.schema import TrainConfig
-from texttok_cli.errors import RecipeError
+from texttok_cli.errors import BackendError, RecipeError
 
 
 class Engine:
     """One process's view of a run, whether it is alone or one of many."""
 
-    def __init__(self, cfg: TrainConfig, *, cpu: bool = False) -> None:
+    def __init__(self, cfg: TrainConfig, *, out: Path, cpu: bool = False) -> None:
+        for tracker in cfg.trackers:
+            if find_spec(tracker) is None:
+                raise BackendError(f"training.trackers: {tracker} is not installed: pip install {tracker}")
+        AcceleratorState._reset_state()  # else one process can't train twice in different precisions
         # Shapes are few (text lengths are rounded up), and a graph per shape is faster than one for all.
         dynamo = TorchDynamoPlugin(backend="inductor" if cfg.compile else "no", dynamic=False)
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if cfg.precision == "bf16" else "no", dynamo_plugin=dynamo)
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+            dynamo_plugin=dynamo,
+            log_with=list(cfg.trackers) or None,
+            project_dir=str(out),
+        )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        if cfg.batch_size % self.world_size:
-            raise RecipeError(f"training.batch_size {cfg.batch_size} is not a multiple of the {self.world_size} processes")
+        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            kind = self.accelerator.distributed_type.value
+            raise RecipeError(f"a tokenizer is trained with DDP, not {kind}: R1 needs second derivatives; launch without it")
+        if cfg.batch_size % (self.world_size * cfg.accumulate):
+            parts = f"{self.world_size} processes x {cfg.accumulate} accumulated parts"
+            raise RecipeError(f"training.batch_size {cfg.batch_size} is not a multiple of {parts}")
         self.batch_size = cfg.batch_size // self.world_size
+        self.seed = cfg.seed
 
     def prepare(self, model: nn.Module) -> Any:
         """The module to call in a step: on the device, autocast, compiled and wrapped as asked; shares its parameters."""
         return self.accelerator.prepare(model)
 
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The run's precision, for a module that is not prepared."""
+        context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
+        return context
+
+    def local(self, module: Any, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Within it a backward pass leaves the gradients of `module` unaveraged, unless it is the last part of a step."""
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext() if last else self.accelerator.no_sync(module)
+        return context
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over processes by the wrapped module."""
         self.accelerator.backward(loss)
 
-    def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average over processes the gradients of a module that is not wrapped, in one transfer."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(averaged.view_as(gradient))
+
+    def averaged(self, values: Tensor) -> Tensor:
+        """A tensor's mean over processes."""
+        reduced: Tensor = self.accelerator.reduce(values, "mean")
+        return reduced
+
+    def summed(self, values: Tensor) -> Tensor:
+        """A tensor's sum over processes."""
+        reduced: Tensor = self.accelerator.reduce(values, "sum")
+        return reduced
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over all processes, as floats; one transfer."""
-        stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        stacked = torch.stack([v.detach().float().reshape(()).to(self.device) for v in values.values()])
+        return dict(zip(values, self.averaged(stacked).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in some process: what all must decide alike."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.summed(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def seed_step(self, step: int) -> None:
+        """Make what a step draws (the KL bottleneck's noise) a function of (seed, step, process): no state to save."""
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4096 + self.rank)
+
+    def track(self, record: Mapping[str, Any], step: int) -> None:
+        """Send numbers to the trackers."""
+        self.accelerator.log(dict(record), step=step)
+
+    def start_trackers(self) -> None:
+        """Open the trackers; call when the run folder is there."""
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("texttok")
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        self.accelerator.end_training()
 
     def wait(self) -> None:
         """Let every process arrive here."""

@@ -5,21 +5,27 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from texttok_cli.config.schema import Recipe
+from texttok_cli.errors import TrainingError
 from texttok_cli.training.engine import Engine
+from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import lr_scale, set_lr
 from texttok_cli.training.run import RunFolder
+
+MAX_ROLL_BACKS = 3  # without a newly saved state in between
 
 
 class Task(Protocol):
     """What the loop asks of a task."""
 
     optimizers: list[Optimizer]
+    guard: Guard
 
     def step(self, images: Tensor, indices: list[int], step: int) -> dict[str, Tensor]:
         """One optimizer step."""
@@ -41,52 +47,98 @@ def train(
     engine: Engine,
     run: RunFolder,
     batches: Callable[[int], Iterator[Any]],
-    validate: Callable[[], dict[str, float]],
+    validate: Callable[[int], dict[str, float]],
     on_step: Callable[[int, dict[str, float]], None],
 ) -> int:
     """Train to the recipe's last step, from the newest state in the run folder; returns the step it began at.
 
     `batches(k)` yields batches with `images` and `indices` from the k-th on. Raises Interrupted after saving when
-    a signal asks to leave.
+    a signal asks to leave, TrainingError when steps stay bad (see Guard).
     """
-    cfg = recipe.training
     begin, tensors = run.load_state(task.optimizers)
     if tensors:
         task.load_state(tensors)
     if engine.is_main:
         run.rewind_log(begin)
-    stop = _StopSignal()
-    stream = batches(begin)
-    clock, images = time.perf_counter(), 0
-    for step in range(begin, recipe.schedule.steps):
-        batch = next(stream)
-        scale = lr_scale(step, recipe.schedule)
+    with _StopSignal() as stop:
+        _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
+    return begin
+
+
+def _steps(
+    recipe: Recipe,
+    task: Task,
+    engine: Engine,
+    run: RunFolder,
+    stream: Iterator[Any],
+    begin: int,
+    validate: Callable[[int], dict[str, float]],
+    on_step: Callable[[int, dict[str, float]], None],
+    stop: _StopSignal,
+) -> None:
+    cfg, steps = recipe.training, recipe.schedule.steps
+    clock, roll_backs = _Clock(begin), 0
+    for done, batch in zip(range(begin + 1, steps + 1), stream, strict=False):
+        scale = lr_scale(done - 1, recipe.schedule)
         set_lr(task.optimizers, scale)
-        values = task.step(batch.images, batch.indices.tolist(), step)
-        done = step + 1
-        images += cfg.batch_size
-        last = done == recipe.schedule.steps
-        if done % cfg.log_every == 0 or last:
-            means = engine.mean(values)
-            now = time.perf_counter()
-            record = {"step": done, "images": done * cfg.batch_size, **means, "lr_scale": scale, "images_per_s": images / (now - clock)}
-            clock, images = now, 0
-            if engine.is_main:
-                run.log(record)
-            on_step(done, record)
-        else:
-            on_step(done, {})
-        if done % cfg.save_every == 0 or last or stop.requested:
+        values = task.step(batch.images, batch.indices.tolist(), done - 1)
+        record = {}
+        if done % cfg.log_every == 0 or done == steps:
+            rate = clock.lap(done) * cfg.batch_size
+            record = {"step": done, "images": done * cfg.batch_size, **engine.mean(values), "lr_scale": scale, "images_per_s": rate}
+            _log(record, engine, run)
+        on_step(done, record)
+        if task.guard.wants_roll_back:
+            roll_backs += 1
+            _roll_back(task, run, done, roll_backs)
+        stopping = engine.any(stop.requested)
+        due = done % cfg.save_every == 0 or done == steps
+        if stopping or (due and task.guard.in_a_row == 0):  # weights in doubt don't replace good ones
+            roll_backs = 0
             if engine.is_main:
                 run.save_state(done, task.state(), task.optimizers)
             engine.wait()
-        if stop.requested and not last:
+        if stopping and done < steps:
             raise Interrupted(f"stopped at step {done}; the same command goes on from there")
-        if engine.is_main and (done % cfg.val_every == 0 or last):
-            before = time.perf_counter()
-            run.log({"step": done, **validate()})
-            clock += time.perf_counter() - before
-    return begin
+        if engine.is_main and (done % cfg.val_every == 0 or done == steps):
+            with clock.paused():
+                _log({"step": done, **validate(done)}, engine, run)
+
+
+def _log(record: dict[str, float], engine: Engine, run: RunFolder) -> None:
+    if engine.is_main:
+        run.log(record)
+        engine.track(record, int(record["step"]))
+
+
+def _roll_back(task: Task, run: RunFolder, step: int, times: int) -> None:
+    """Take weights and optimizers from the newest saved state; the schedule and the data go on, past what did the harm."""
+    skipped = int(task.guard.skipped)
+    saved, tensors = run.load_state(task.optimizers)
+    if not tensors or times > MAX_ROLL_BACKS:
+        why = "no state is saved yet" if not tensors else f"rolled back to step {saved} {MAX_ROLL_BACKS} times"
+        raise TrainingError(f"{run.path}: diverged at step {step}: gradients not finite or too large, and {why}; lower optimizer.lr")
+    task.load_state(tensors)
+    task.guard.reset(skipped)
+
+
+class _Clock:
+    """Steps a second since the last lap, pauses left out."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._since)
+        self._step, self._since = step, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
 
 
 class _StopSignal:
@@ -94,9 +146,16 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
         self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.requested = True
-        for s, handler in self._previous.items():
-            signal.signal(s, handler)
+        self.__exit__()

@@ -16,20 +16,24 @@ def build_optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.P
     """The optimizers of a model; `matrices` are the hidden weight matrices among its parameters.
 
     kind muon: Muon (Jordan et al. 2024, torch.optim.Muon: momentum orthogonalised by Newton-Schulz) for the matrices
-    and AdamW for all else. Every group keeps its rate at scale 1 in `base_lr`.
+    and AdamW for all else.
     """
+    fused = parameters[0].is_cuda
     if cfg.kind == "muon":
         muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, momentum=cfg.muon_momentum, weight_decay=cfg.weight_decay)
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
-        optimizers: list[Optimizer] = [muon, torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)]
-    else:
-        kind = torch.optim.Adam if cfg.kind == "adam" else torch.optim.AdamW
-        optimizers = [kind(parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
+        adamw = torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=fused)
+        return [with_base_lr(muon), with_base_lr(adamw)]
+    kind = torch.optim.Adam if cfg.kind == "adam" else torch.optim.AdamW
+    return [with_base_lr(kind(parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=fused))]
+
+
+def with_base_lr(optimizer: Optimizer) -> Optimizer:
+    """The optimizer, every group of which keeps its rate at scale 1 in `base_lr`."""
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
 
 
 def lr_scale(step: int, cfg: ScheduleConfig) -> float:

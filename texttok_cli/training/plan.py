@@ -32,7 +32,7 @@ def plan(recipe: Recipe) -> dict[str, float | int | str]:
 def count_flops(cfg: TokenizerConfig) -> tuple[TexTok, int]:
     """The model on the meta device, and the FLOPs of encoding and decoding one image with all text tokens real."""
     with torch.device("meta"):
-        model = TexTok(cfg)
+        model = TexTok(cfg).eval()
         images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
         cond, class_ids = None, None
         if isinstance(cfg.condition, TextCondition):

@@ -3,6 +3,7 @@
 OUT/recipe.yaml              what is being trained; another recipe in the same folder is refused
 OUT/metrics.jsonl            one JSON object a line
 OUT/state/step-00000500/     safetensors + JSON, written under another name and renamed when whole
+OUT/grids/step-00000500.png  validation images above their reconstructions
 OUT/model.safetensors        the EMA weights: what `texttok encode --model` takes
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -59,6 +61,13 @@ class RunFolder:
         with atomic_path(self.metrics_path) as tmp:
             tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
+    def save_grid(self, step: int, images: Tensor, reconstructions: Tensor) -> None:
+        """Draw images (B, 3, S, S) uint8 above their reconstructions, as OUT/grids/step-00000500.png."""
+        rows = [torch.cat(list(row), dim=2) for row in (images, reconstructions)]  # (3, S, B*S) each
+        picture = Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+        with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
+            picture.save(tmp, format="PNG")
+
     def save_state(self, step: int, tensors: dict[str, Tensor], optimizers: list[Optimizer]) -> None:
         """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""
         folder = self.state_path / f"step-{step:08d}"
@@ -66,7 +75,11 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = {**tensors, **{k: v for i, o in enumerate(optimizers) for k, v in _optimizer_tensors(o, i).items()}}
-        save_safetensors(partial / "state.safetensors", state, {"texttok_state": 1, "step": step})
+        try:
+            save_safetensors(partial / "state.safetensors", state, {"texttok_state": 1, "step": step})
+        except BaseException:  # a full disk: give back what was taken of it
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
         for old in self._states():

@@ -12,30 +12,44 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from texttok_cli.checkpoint import save_tokenizer
-from texttok_cli.config.schema import Recipe
+from texttok_cli.config.schema import Recipe, VQBottleneck
 from texttok_cli.data import normalize, to_uint8
-from texttok_cli.losses import Perceptual, l2
+from texttok_cli.losses import adaptive_weight, l2
 from texttok_cli.metrics.image import psnr
+from texttok_cli.models.bottleneck import code_usage
 from texttok_cli.models.tokenizer import TexTok
+from texttok_cli.training.adversary import Adversary
 from texttok_cli.training.engine import Engine
+from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import build_optimizers
 
 # Indices into a dataset -> `cond` and `class_ids` of those images, as TexTok.forward takes them.
 Conditioner = Callable[[Sequence[int]], dict[str, Any]]
+# Two batches of images (B, 3, H, W) in [0, 1] -> their distances (B,).
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class TokenizerTask:
-    """l2 + perceptual training of a TexTok (Sec. 3.2) with an EMA of its weights."""
+    """Training of a TexTok by l2, perceptual and adversarial losses (Sec. 3.2), with an EMA of its weights."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, train_condition: Conditioner, perceptual: Perceptual | None) -> None:
+    def __init__(
+        self, recipe: Recipe, engine: Engine, train_condition: Conditioner, perceptual: Distance | None, start: TexTok | None = None
+    ) -> None:
         torch.manual_seed(recipe.training.seed)  # the initial weights
-        self.recipe, self.engine, self.condition = recipe, engine, train_condition
+        self.recipe, self.engine, self.condition, self.perceptual = recipe, engine, train_condition, perceptual
         self.model = TexTok(recipe.model).to(engine.device)
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
+        self.model.set_checkpointing(recipe.training.checkpointing)
         average = get_ema_multi_avg_fn(recipe.training.ema)  # type: ignore[no-untyped-call]
-        self.ema = AveragedModel(self.model, multi_avg_fn=average)
-        self.perceptual = perceptual.to(engine.device) if perceptual is not None else None
+        self.ema = AveragedModel(self.model, multi_avg_fn=average).eval()
         self.parameters = list(self.model.parameters())
         self.optimizers: list[Optimizer] = build_optimizers(self.parameters, self.model.block_matrices(), recipe.optimizer)
+        self.adversary: Adversary | None = None
+        if recipe.objective.adversarial is not None:
+            self.adversary = Adversary(recipe.objective.adversarial, recipe.model.image_size, engine)
+            self.optimizers.append(self.adversary.optimizer)
+        self.guard = Guard(recipe.training.spike)
         self.reconstruct = engine.prepare(self.model)
 
     @property
@@ -43,43 +57,99 @@ class TokenizerTask:
         """The averaged weights as a model."""
         return cast(TexTok, self.ema.module)
 
+    # ------------------------------------------------------------------ a step
+
     def step(self, images: Tensor, indices: Sequence[int], step: int) -> dict[str, Tensor]:
-        """One optimizer step on uint8 images (B, 3, S, S); returns detached scalars to log."""
-        x = normalize(images.to(self.engine.device))
-        output, latents = self.reconstruct(x, **self.condition(indices))
-        losses = self._losses(x, output.float(), step) | latents.losses
-        loss = torch.stack(list(losses.values())).sum()
+        """One optimizer step on uint8 images (B, 3, S, S), unless the guard declines it; returns detached scalars to log."""
+        self.engine.seed_step(step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.engine.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.grad_clip or float("inf"))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.ema.update_parameters(self.model)
-        return {name: value.detach() for name, value in losses.items()} | {"loss": loss.detach(), "grad_norm": norm}
+        parts = self.recipe.training.accumulate
+        size = len(images) // parts
+        values: dict[str, Tensor] = {}
+        for i in range(parts):
+            chosen = slice(i * size, (i + 1) * size)
+            with self.engine.local(self.reconstruct, last=i == parts - 1):
+                part = self._backward(images[chosen], indices[chosen], step, 1 / parts)
+            values = {name: values.get(name, 0.0) + value.detach() / parts for name, value in part.items()}
+        values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.grad_clip or float("inf"))
+        adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
+        if adversary is not None:
+            values["d_grad_norm"] = adversary.gradient_norm()
+        taken = self.guard.accepts(values["grad_norm"], *([values["d_grad_norm"]] if adversary is not None else []))
+        if taken:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.model.bottleneck.finish_step(self.engine.summed, taken=taken)
+        if taken:
+            self.ema.update_parameters(self.model)
+        if adversary is not None:
+            adversary.finish_step(taken=taken)
+        values["skipped_steps"] = self.guard.skipped
+        return values
 
-    def _losses(self, x: Tensor, output: Tensor, step: int) -> dict[str, Tensor]:
+    def _backward(self, images: Tensor, indices: Sequence[int], step: int, share: float) -> dict[str, Tensor]:
+        """Add `share` of the gradients of everything that is trained on these images; returns scalars to log."""
+        x = normalize(images.to(self.engine.device))
+        output, latents = self.reconstruct(x, **self.condition(indices))
+        real, fake = (x + 1) / 2, (output.float() + 1) / 2
+        losses = self._reconstruction_losses(real, fake, step) | latents.losses
+        adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
+        if adversary is not None:
+            gan = adversary.generator_loss(fake)
+            weight = adversary.weight(step) * (self._adaptive(losses, gan) if adversary.cfg.adaptive else 1.0)
+            losses["gan"] = weight * gan
+        loss = torch.stack(list(losses.values())).sum()
+        self.engine.backward(share * loss)
+        health: dict[str, Tensor] = {} if adversary is None else adversary.backward(real, fake.detach(), step, share)
+        return losses | {"loss": loss} | health
+
+    def _reconstruction_losses(self, real: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
         """Weighted losses by name, on images in [0, 1]."""
         objective = self.recipe.objective
-        real, fake = (x + 1) / 2, (output + 1) / 2
         losses = {"l2": objective.l2 * l2(real, fake)}
         if self.perceptual is not None and objective.perceptual is not None and step >= objective.perceptual.start:
             losses["perceptual"] = objective.perceptual.weight * self.perceptual(real, fake).mean()
         return losses
 
+    def _adaptive(self, losses: dict[str, Tensor], gan: Tensor) -> Tensor:
+        """VQGAN's factor, from gradients at the last layer, averaged over processes."""
+        last = self.model.to_pixels.weight
+        total = torch.stack(list(losses.values())).sum()
+        of_losses, of_gan = (torch.autograd.grad(value, last, retain_graph=True)[0] for value in (total, gan))
+        return self.engine.averaged(adaptive_weight(of_losses, of_gan))
+
+    # ------------------------------------------------------------------ looking at it
+
     @torch.no_grad()
     def validate(self, condition: Conditioner, batches: Iterable[Any]) -> dict[str, float]:
-        """PSNR in dB and, where the recipe has one, perceptual distance of the EMA weights, means over the images."""
+        """Of the EMA weights, means over images: PSNR in dB, perceptual distance where the recipe has one; for VQ its codes' use."""
         values: dict[str, list[Tensor]] = {"val_psnr": [], "val_perceptual": []}
-        model = self.ema_model
+        codes: list[Tensor] = []
         for batch in batches:
             x = normalize(batch.images.to(self.engine.device))
-            with self.engine.accelerator.autocast():
-                output, _ = model(x, **condition(batch.indices.tolist()))
-            values["val_psnr"].append(psnr(batch.images, to_uint8(output.float()).cpu()))
+            output, latents = self._ema_reconstruct(x, condition(batch.indices.tolist()))
+            values["val_psnr"].append(psnr(batch.images, to_uint8(output).cpu()))
             if self.perceptual is not None:
-                values["val_perceptual"].append(self.perceptual((x + 1) / 2, (output.float().clamp(-1, 1) + 1) / 2))
-        return {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+                values["val_perceptual"].append(self.perceptual((x + 1) / 2, (output.clamp(-1, 1) + 1) / 2).cpu())
+            if latents.codes is not None:
+                codes.append(latents.codes.cpu())
+        result = {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+        bottleneck = self.recipe.model.bottleneck
+        if isinstance(bottleneck, VQBottleneck):
+            result |= {f"val_{name}": value for name, value in code_usage(torch.cat(codes), bottleneck.codes).items()}
+        return result
+
+    @torch.no_grad()
+    def reconstruct_uint8(self, condition: Conditioner, batch: Any) -> Tensor:
+        """The EMA weights' reconstructions of a batch, uint8 (B, 3, S, S) on the CPU."""
+        output, _ = self._ema_reconstruct(normalize(batch.images.to(self.engine.device)), condition(batch.indices.tolist()))
+        return to_uint8(output).cpu()
+
+    def _ema_reconstruct(self, x: Tensor, condition: dict[str, Any]) -> tuple[Tensor, Any]:
+        with self.engine.autocast():
+            output, latents = self.ema_model(x, **condition)
+        return output.float(), latents
 
     @torch.no_grad()
     def set_latent_statistics(self, batches: Iterable[Any]) -> None:
@@ -97,15 +167,21 @@ class TokenizerTask:
         model.latent_mean.copy_(mean)
         model.latent_std.copy_((total[1] / count - mean**2).sqrt())
 
+    # ------------------------------------------------------------------ what it leaves
+
     def state(self) -> dict[str, Tensor]:
         """Everything but the optimizers that the next step depends on."""
         model = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        return model | {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        ema = {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        return model | ema | self.guard.state() | ({} if self.adversary is None else self.adversary.state())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.guard.load_state(tensors)
+        if self.adversary is not None:
+            self.adversary.load_state(tensors)
 
     def export(self, path: Path, training: dict[str, Any]) -> None:
         """Write the EMA weights as a model file."""

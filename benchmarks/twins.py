@@ -1,0 +1,82 @@
+"""The bundled tokenizer against its twin without text: PSNR and perceptual distance on held-out images, paired image by image.
+
+    python benchmarks/twins.py SHARD_OR_FOLDER... [-o benchmarks/results/twins.json]
+
+Prints, and writes as JSON, for each input: n, both means, and the mean and standard error of the paired difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import texttok_cli
+from texttok_cli.data import Dataset, eval_batches, open_dataset
+from texttok_cli.inference import Tokenizer, texts_for
+from texttok_cli.losses import Perceptual
+from texttok_cli.metrics.image import psnr
+
+MODELS = ("texttok-32-128", "baseline-32-128")
+NET = "stlpips-vgg"
+
+
+def main() -> None:
+    """Measure every input."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="+")
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+    tokenizers = [texttok_cli.load_tokenizer(name) for name in MODELS]
+    result = {
+        "models": {t.info.name: {"sha256": t.info.sha256, **t.info.header.training} for t in tokenizers},
+        "precision": "fp32",
+        "perceptual": f"{NET} (ST-LPIPS, not the LPIPS of the paper)",
+        "sets": {Path(name).stem: measure(open_dataset([name], caption_field="measured"), tokenizers) for name in arguments.inputs},
+    }
+    print(json.dumps(result["sets"], indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(dataset: Dataset, tokenizers: list[Tokenizer]) -> dict[str, object]:
+    """Both metrics of both models on one data set."""
+    columns = [torch.cat(parts) for parts in zip(*_values(dataset, tokenizers), strict=True)]
+    rows: dict[str, object] = {"n": len(columns[0])}
+    for i, metric in enumerate(("psnr_db", "perceptual")):
+        text, none = columns[2 * i], columns[2 * i + 1]
+        difference = text - none
+        rows[metric] = {
+            MODELS[0]: text.mean().item(),
+            MODELS[1]: none.mean().item(),
+            "difference": difference.mean().item(),
+            "standard_error": (difference.std() / len(difference) ** 0.5).item(),
+        }
+    return rows
+
+
+def _values(dataset: Dataset, tokenizers: list[Tokenizer]) -> Iterator[list[Tensor]]:
+    """For each batch: PSNR by each model, then perceptual distance by each model, all (B,) float64."""
+    perceptual = Perceptual(NET)
+
+    def damaged(image_id: str, reason: str) -> None:
+        raise SystemExit(f"{image_id}: {reason}")
+
+    for batch in eval_batches(dataset, image_size=tokenizers[0].cfg.image_size, batch_size=32, on_error=damaged):
+        items = [dataset.items[i] for i in batch.indices.tolist()]
+        outputs = []
+        for tokenizer in tokenizers:
+            captions = texts_for(items, tokenizer.text_condition) if tokenizer.text_condition else None
+            outputs.append(tokenizer.decode(tokenizer.encode(batch.images, captions), captions))
+        with torch.no_grad():
+            distances = [perceptual(batch.images / 255, output / 255).double() for output in outputs]
+        yield [psnr(batch.images, output) for output in outputs] + distances
+
+
+if __name__ == "__main__":
+    main()

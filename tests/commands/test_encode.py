@@ -1,0 +1,343 @@
+"""`texttok encode`, as a person runs it."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from texttok_cli import inference
+from texttok_cli.files import sha256_file
+from texttok_cli.inference import Tokenizer, load_tokenizer
+from texttok_cli.tokens import concatenate, load_tokens, read_index, read_shards
+
+Run = Callable[..., Any]
+Draw = Callable[..., Path]
+
+
+@pytest.fixture
+def encode(texttok: Run, bundled: Path) -> Run:
+    """`texttok encode ... --model text`, on the CPU."""
+    return lambda *args, model="text": texttok("encode", *args, "--model", model, "--device", "cpu")
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images that went through the model, call by call."""
+    seen: list[int] = []
+    real = Tokenizer.encode
+
+    def counting(self: Tokenizer, images: Any, captions: Any = None) -> Any:
+        seen.append(len(images))
+        return real(self, images, captions)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    return seen
+
+
+def folder_of(draw: Draw, path: Path, n: int, *, damaged: int = 0) -> Path:
+    """n pictures with sidecars, the last `damaged` of them cut short."""
+    for i in range(n):
+        draw(path / f"{i:03d}.png", seed=i, size=(48, 40), part=0.5 if i >= n - damaged else 1)
+        (path / f"{i:03d}.txt").write_text(f"picture {i}")
+    return path
+
+
+def one_line(text: str) -> str:
+    assert text.startswith("texttok: ") and text.count("\n") == 1, text
+    return text
+
+
+# ------------------------------------------------------------------ where tokens go
+
+
+def test_one_image_with_its_caption_is_written_beside_it(encode: Run, draw: Draw, tmp_path: Path, models: Path) -> None:
+    image = draw(tmp_path / "img.png")
+    run = encode(image, "--caption", "a red flower", "--dtype", "fp32")
+    assert run.code == 0 and "img.tok.safetensors" in run.out
+    tokens = load_tokens(tmp_path / "img.tok.safetensors")
+    expected = load_tokenizer(models / "text.safetensors", device="cpu").encode(image, "a red flower")
+    assert (tokens.z - expected).abs().max() < 1e-5
+    header = tokens.header
+    assert (header.ids, header.captions, header.original_sizes) == (["img.png"], ["a red flower"], [(32, 32)])
+    assert (header.model_name, header.model_sha256) == ("text", sha256_file(models / "text.safetensors"))
+    assert header.input_sha256 == [sha256_file(image)]
+
+
+@pytest.mark.parametrize("spelling", ["img.png", "./img.png", "../here/img.png"])
+def test_an_image_may_be_named_in_any_way(spelling: str, encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "here" / "img.png")
+    monkeypatch.chdir(tmp_path / "here")
+    assert encode(spelling, "--caption", "a").code == 0
+    assert load_tokens(tmp_path / "here" / "img.tok.safetensors").header.ids == ["img.png"]
+
+
+@pytest.mark.parametrize(("out", "file"), [("t.safetensors", "t.safetensors"), ("new/deep", "new/deep/img.tok.safetensors")])
+def test_out_is_a_file_or_a_folder(out: str, file: str, encode: Run, draw: Draw, tmp_path: Path) -> None:
+    image = draw(tmp_path / "img.png")
+    assert encode(image, "--caption", "a", "-o", tmp_path / out).code == 0
+    assert len(load_tokens(tmp_path / file)) == 1
+    assert not (tmp_path / "img.tok.safetensors").exists()
+
+
+def test_several_images_take_their_sidecars(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 3)
+    run = encode(*sorted(folder.glob("*.png")), "--json")
+    assert run.code == 0
+    assert json.loads(run.out)["out"] == [str(folder / f"{i:03d}.tok.safetensors") for i in range(3)]
+    assert [load_tokens(folder / f"{i:03d}.tok.safetensors").header.captions for i in range(3)] == [[f"picture {i}"] for i in range(3)]
+
+
+def test_a_folder_gives_shards_in_another(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 5)
+    run = encode(folder, "-o", tmp_path / "out", "--batch-size", 2)
+    assert run.code == 0
+    tokens = concatenate(list(read_shards(tmp_path / "out")))
+    assert tokens.header.ids == [f"{i:03d}.png" for i in range(5)]
+    assert tokens.header.captions == [f"picture {i}" for i in range(5)]
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_captions_jsonl_wins_over_sidecars(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 2)
+    (tmp_path / "c.jsonl").write_text('{"id": "001.png", "caption": "from the file"}\n')
+    assert encode(folder, "--captions", tmp_path / "c.jsonl", "-o", tmp_path / "out").code == 0
+    assert concatenate(list(read_shards(tmp_path / "out"))).header.captions == ["picture 0", "from the file"]
+
+
+def test_a_list_on_stdin(encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(draw, tmp_path / "in", 2)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder / '000.png'}\n{folder / '001.png'}\n"))
+    assert encode("-", "-o", tmp_path / "out").code == 0
+    assert read_index(tmp_path / "out").shards[0].images == 2
+
+
+# ------------------------------------------------------------------ captions
+
+
+def test_a_text_model_without_a_caption_names_the_ways_out(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    run = encode(draw(tmp_path / "img.png"))
+    assert run.code == 1 and run.out == "" and "img.png: has no caption" in one_line(run.err)
+    for way in ("--caption", "`texttok caption`", "--no-caption", "--model baseline-32-128"):
+        assert way in run.err
+
+
+def test_no_caption_is_recorded_as_the_empty_one(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    image = draw(tmp_path / "img.png")
+    (tmp_path / "img.txt").write_text("not to be used")
+    assert encode(image, "--no-caption").code == 0
+    assert load_tokens(tmp_path / "img.tok.safetensors").header.captions == [""]
+
+
+def test_the_twin_takes_and_records_no_caption(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 1)
+    assert encode(folder / "000.png", model="plain").code == 0
+    assert load_tokens(folder / "000.tok.safetensors").header.captions is None
+    for option in (["--caption", "a"], ["--captions", folder / "c.jsonl"]):
+        (folder / "c.jsonl").write_text('{"id": "000.png", "caption": "a"}\n')
+        run = encode(folder / "000.png", *option, model="plain")
+        assert run.code == 1 and "plain: takes no captions" in one_line(run.err)
+
+
+def test_one_caption_for_several_images_is_an_error(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 2)
+    for inputs in ([folder / "000.png", folder / "001.png"], [folder, "-o", tmp_path / "out"]):
+        run = encode(*inputs, "--caption", "a")
+        assert run.code == 1 and "--caption is for one image, these inputs hold 2; give --captions FILE.jsonl" in one_line(run.err)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("options", [["--caption", "a", "--no-caption"], ["--caption", "a", "--captions", "c.jsonl"]])
+def test_ways_to_caption_exclude_each_other(options: list[str], encode: Run, draw: Draw, tmp_path: Path) -> None:
+    run = encode(draw(tmp_path / "img.png"), *options)
+    assert run.code == 1 and "exclude each other" in one_line(run.err)
+
+
+def test_a_caption_cut_off_by_the_text_encoder_is_said(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    run = encode(draw(tmp_path / "img.png"), "--caption", "long " * 40)
+    assert run.code == 0 and "longer than 24 text tokens, so the end was cut off: 1 captions" in run.err
+
+
+# ------------------------------------------------------------------ what is printed
+
+
+def test_json_is_all_of_stdout_and_the_ratios_are_right(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    run = encode(draw(tmp_path / "img.png", size=(48, 40)), "--caption", "caf\u00e9", "--json")
+    result = json.loads(run.out)
+    assert result == {
+        "out": [str(tmp_path / "img.tok.safetensors")],
+        "model": "text",
+        "images": 1,
+        "tokens_per_image": 4,
+        "token_bytes_per_image": 64,  # 4 tokens of 8 fp16 numbers
+        "compression": 3 * 32 * 32 / 64,
+        "compression_with_captions": 3 * 32 * 32 / (64 + 5),
+    }
+    assert "not square, so the centre was taken: 1 of 1 images" in run.err
+
+
+def test_a_square_image_is_not_said_to_be_cropped_and_quiet_is_quiet(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    assert "square" not in encode(draw(tmp_path / "square.png"), "--caption", "a").err
+    assert encode(draw(tmp_path / "wide.png", size=(48, 40)), "--caption", "a", "--quiet").err == ""
+
+
+# ------------------------------------------------------------------ again, and interrupted
+
+
+def test_a_file_is_written_anew_only_if_something_changed(encode: Run, draw: Draw, tmp_path: Path, forwards: list[int]) -> None:
+    image, file = draw(tmp_path / "img.png"), tmp_path / "img.tok.safetensors"
+
+    def changed(*options: object, model: str = "text") -> bool:
+        del forwards[:]
+        before = file.read_bytes() if file.exists() else b""
+        run = encode(image, *options, "--json", model=model)
+        assert run.code == 0 and json.loads(run.out)["out"] == [str(file)]
+        assert json.loads(run.out)["images"] == len(forwards) == 1 - json.loads(run.out).get("already_there", 0)
+        return file.read_bytes() != before
+
+    assert changed("--caption", "a")
+    assert not changed("--caption", "a")
+    assert changed("--caption", "b") and not changed("--caption", "b")
+    assert changed("--no-caption") and not changed("--no-caption")
+    assert changed("--caption", "b", "--dtype", "int8")
+    assert changed("--caption", "b", model="other")
+    assert changed(model="plain") and not changed(model="plain")
+    draw(image, seed=9)
+    assert changed(model="plain")
+    file.write_bytes(file.read_bytes()[:-1])  # damaged
+    assert changed(model="plain") and len(load_tokens(file)) == 1
+
+
+def test_a_folder_is_gone_through_again_for_what_changed_alone(encode: Run, draw: Draw, tmp_path: Path, forwards: list[int]) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 4), tmp_path / "out"
+    assert encode(folder, "-o", out).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    del forwards[:]
+    run = encode(folder, "-o", out, "--json")
+    assert forwards == [] and {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert json.loads(run.out) == {"out": str(out), "model": "text", "images": 0, "already_there": 4}
+    (folder / "001.txt").write_text("another caption")
+    draw(folder / "002.png", seed=77)
+    draw(folder / "004.png", seed=4)
+    (folder / "004.txt").write_text("new")
+    run = encode(folder, "-o", out, "--json")
+    assert forwards == [3] and json.loads(run.out)["already_there"] == 2
+    header = concatenate(list(read_shards(out))).header
+    found = dict(zip(header.ids, header.captions, strict=True))
+    assert len(header.ids) == 5 and found["001.png"] == "another caption" and found["004.png"] == "new"
+    assert dict(zip(header.ids, header.input_sha256, strict=True))["002.png"] == sha256_file(folder / "002.png")
+
+
+def test_a_folder_of_another_model_is_left_alone(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 1), tmp_path / "out"
+    encode(folder, "-o", out)
+    before = (out / "index.json").read_bytes()
+    run = encode(folder, "-o", out, model="other")
+    assert run.code == 1 and "holds tokens with model_sha256" in one_line(run.err) and "choose another --out" in run.err
+    assert (out / "index.json").read_bytes() == before
+
+
+def test_ctrl_c_in_a_folder_loses_nothing(
+    encode: Run, draw: Draw, tmp_path: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 9), tmp_path / "out"
+    counting, calls = Tokenizer.encode, iter(range(100))
+
+    def interrupted(self: Tokenizer, images: Any, captions: Any = None) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return counting(self, images, captions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", interrupted)
+        run = encode(folder, "-o", out, "--batch-size", 2)
+    assert run.code != 0 and "Traceback" not in run.err and forwards == [2, 2]
+    assert concatenate(list(read_shards(out))).header.ids == [f"{i:03d}.png" for i in range(4)]
+    run = encode(folder, "-o", out, "--batch-size", 2, "--json")
+    assert run.code == 0 and json.loads(run.out)["already_there"] == 4 and forwards == [2, 2, 2, 2, 1]
+    assert concatenate(list(read_shards(out))).header.ids == [f"{i:03d}.png" for i in range(9)]
+
+
+# ------------------------------------------------------------------ damage
+
+
+def test_ten_damaged_of_sixty_are_skipped_counted_and_listed(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 60, damaged=10), tmp_path / "out"
+    for there in (0, 50):  # and again
+        run = encode(folder, "-o", out, "--json", "--quiet")
+        result = json.loads(run.out)
+        assert run.code == 1 and result["failed"] == 10
+        assert (result["images"], result.get("already_there", 0)) == (50 - there, there)
+        assert [line.split(":")[0] for line in run.err.splitlines()] == [f"skipped {i:03d}.png" for i in range(50, 60)]
+    assert concatenate(list(read_shards(out))).header.ids == [f"{i:03d}.png" for i in range(50)]
+
+
+def test_nothing_but_damaged_images(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder = folder_of(draw, tmp_path / "in", 2, damaged=2)
+    run = encode(folder, "-o", tmp_path / "out", "--json", "--quiet")
+    assert run.code == 1 and json.loads(run.out) == {"out": str(tmp_path / "out"), "model": "text", "images": 0, "failed": 2}
+    run = encode(folder / "000.png", "--json", "--quiet")
+    assert run.code == 1 and json.loads(run.out)["out"] == [] and run.err.startswith("skipped 000.png: damaged or cut short")
+
+
+def test_a_huge_picture_is_refused_from_its_header(encode: Run, tmp_path: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data)
+    run = encode(tmp_path / "bomb.png", "--caption", "a", "--quiet")
+    assert run.code == 1 and run.err.count("\n") == 1
+    assert run.err.startswith("skipped bomb.png: over the limit of 100,000,000 pixels; scale it down first")
+
+
+def test_names_with_line_breaks_and_escapes_stay_one_line(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    image = draw(tmp_path / "a\n\x1b[31mb.png", part=0.5)
+    run = encode(image, "--caption", "a", "--quiet")
+    assert run.code == 1 and run.err.startswith("skipped a\\n\\x1b[31mb.png: ") and run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["none.png"], "none.png: no such file or folder"),
+        (["in"], "name the folder for its tokens with -o OUT"),
+        (["in", "-o", "x.safetensors"], "the tokens of a data set go into a folder"),
+        (["in/000.png", "in/001.png", "-o", "x.safetensors"], "is one file, and there are 2 images; name a folder"),
+        (["in/000.png", "other/000.png", "-o", "out"], "would be written for two of the images"),
+        (["in/000.png", "--captions", "none.jsonl"], "none.jsonl: no such file"),
+        (["in/000.png", "-o", "in/000.txt"], "in/000.txt: "),  # a file where a folder should be
+    ],
+)
+def test_mistakes_are_one_line(
+    args: list[str], reason: str, encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(draw, tmp_path / "in", 2)
+    folder_of(draw, tmp_path / "other", 1)
+    monkeypatch.chdir(tmp_path)
+    run = encode(*args, "--quiet")
+    assert run.code == 1 and reason in one_line(run.err) and run.out == ""
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_wrong_model_is_one_line(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    image = draw(tmp_path / "img.png")
+    assert "nope: no such model; bundled are other, plain, text" in one_line(encode(image, "--caption", "a", model="nope").err)
+    (tmp_path / "m.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    run = encode(image, "--caption", "a", model=str(tmp_path / "m.safetensors"))
+    assert run.code == 1 and "not a safetensors file" in one_line(run.err)
+
+
+def test_the_default_model_is_the_bundled_one(
+    texttok: Run, draw: Draw, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "texttok-32-128.safetensors").write_bytes((models / "text.safetensors").read_bytes())
+    monkeypatch.setattr(inference, "PRETRAINED", tmp_path / "pretrained")
+    assert texttok("encode", draw(tmp_path / "img.png"), "--caption", "a").code == 0
+    assert load_tokens(tmp_path / "img.tok.safetensors").header.model_name == "texttok-32-128"

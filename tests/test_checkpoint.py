@@ -1,0 +1,80 @@
+"""Model files: round trip, and refusal of whatever is not one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
+from texttok_cli.errors import CheckpointError
+from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
+
+
+def test_fp32_round_trip_is_exact(models: Path, tmp_path: Path) -> None:
+    model, info = load_tokenizer_file(models / "text.safetensors")
+    save_tokenizer(tmp_path / "again.safetensors", model, training={"steps": 3})
+    again, named = load_tokenizer_file(tmp_path / "again.safetensors")
+    assert named.name == "again" and named.header.training == {"steps": 3} and named.header.model == info.header.model
+    assert info.sha256 == sha256_file(models / "text.safetensors")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_loaded_model_computes_in_fp32_and_is_frozen(models: Path) -> None:
+    model, _ = load_tokenizer_file(models / "plain.safetensors")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32}
+
+
+def test_bf16_halves_the_weights_and_keeps_the_statistics(models: Path, tmp_path: Path) -> None:
+    model, _ = load_tokenizer_file(models / "text.safetensors")
+    save_tokenizer(tmp_path / "bf16.safetensors", model, training={}, dtype=torch.bfloat16)
+    assert (tmp_path / "bf16.safetensors").stat().st_size < 0.6 * (models / "text.safetensors").stat().st_size
+    again, _ = load_tokenizer_file(tmp_path / "bf16.safetensors")
+    for name, value in model.state_dict().items():
+        exact = name in ("latent_mean", "latent_std")
+        assert torch.equal(again.state_dict()[name], value if exact else value.bfloat16().float())
+
+
+def damaged(models: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of the model file after `change(header, tensors)`."""
+    header, tensors = load_safetensors(models / "text.safetensors", error=CheckpointError)
+    change(header, tensors)
+    save_safetensors(tmp_path / "m.safetensors", tensors, header)
+    return tmp_path / "m.safetensors"
+
+
+CHANGES = {
+    "task": (lambda h, t: h.update(task="generator"), "header.task: Input should be 'tokenizer'"),
+    "newer": (lambda h, t: h.update(texttok_model=2), "texttok_model is 2, this texttok reads 1; update texttok"),
+    "no model": (lambda h, t: h.pop("texttok_model"), "another kind of file (no 'texttok_model' in its header)"),
+    "unknown key": (lambda h, t: h["model"].update(num_token=4), "header.model.num_token: Extra inputs are not permitted"),
+    "impossible": (lambda h, t: h["model"].update(patch_size=7), "header.model: image_size 32 is not a multiple of patch_size 7"),
+    "not what the weights are": (lambda h, t: h["model"].update(num_tokens=5), "2 tensors differ, first latent_pos"),
+    "a huge model": (lambda h, t: h["model"]["backbone"].update(depth=256, width=16384, heads=1), "weights don't fit the header"),
+    "a shape": (lambda h, t: t.update(patch_pos=torch.zeros(15, 32)), "1 tensors differ, first patch_pos"),
+    "a tensor too few": (lambda h, t: t.pop("patch_pos"), "1 tensors differ, first patch_pos"),
+    "a tensor too many": (lambda h, t: t.update(extra=torch.zeros(1)), "1 tensors differ, first extra"),
+    "a type": (lambda h, t: t.update(patch_pos=torch.zeros(16, 32, dtype=torch.int32)), "1 tensors differ, first patch_pos"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_wrong_model_file_is_refused_in_one_line(case: str, models: Path, tmp_path: Path) -> None:
+    change, reason = CHANGES[case]
+    path = damaged(models, tmp_path, change)
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer_file(path)
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_a_model_file_and_a_torch_pickle_are_refused(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    data = (models / "text.safetensors").read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="cut short"):
+        load_tokenizer_file(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_tokenizer_file(path)

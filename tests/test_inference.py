@@ -1,0 +1,225 @@
+"""Tokenizer and encode_dataset: inputs that agree, batches that don't matter, and refusals."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from texttok_cli import inference
+from texttok_cli.data import Dataset, Item, open_dataset
+from texttok_cli.errors import BackendError, CheckpointError, DataError
+from texttok_cli.files import sha256_file
+from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device
+from texttok_cli.tokens import Tokens
+
+CAPTIONS = ["", "a", "a red flower", "one two three four five six seven eight nine ten", "a b c", "x y", "a red flower", "long " * 40]
+
+
+@pytest.fixture
+def tokenizer(models: Path) -> Tokenizer:
+    return load_tokenizer(models / "text.safetensors", device="cpu")
+
+
+def unexpected(image_id: str, reason: str) -> None:
+    pytest.fail(f"{image_id}: {reason}")
+
+
+@pytest.mark.parametrize("name", ["text", "plain"])
+def test_the_batch_size_does_not_change_the_tokens(name: str, models: Path, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    """Tokenizer.encode and `texttok encode` promise 1e-4 in fp32 for any model; this tiny one, whose latents deviate by 0.4, is nearer."""
+    tokenizer = load_tokenizer(models / f"{name}.safetensors", device="cpu")
+    for i in range(8):
+        draw(tmp_path / f"{i}.png", seed=i)
+    dataset, texts = open_dataset([tmp_path]), CAPTIONS if name == "text" else None
+    one, three, eight = (
+        torch.cat([t.z for _, t in encode_dataset(tokenizer, dataset, texts, batch_size=size, on_error=unexpected)]) for size in (1, 3, 8)
+    )
+    assert one.shape == (8, 4, 8) and one.std() > 0.3 and (one[0] - one[1]).abs().max() > 0.01
+    assert (one - three).abs().max() < 1e-5 and (one - eight).abs().max() < 1e-5
+    images = [tokenizer.decode(one[i : i + 1], None if texts is None else texts[i]) for i in range(8)]
+    assert (torch.cat(images).int() - tokenizer.decode(one, texts).int()).abs().max() <= 1  # rounding to uint8
+
+
+def test_the_caption_matters_to_both_halves(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    image = draw(tmp_path / "a.png")
+    z = tokenizer.encode(image, "a red flower")
+    assert (z - tokenizer.encode(image, "a dog")).abs().max() > 1e-3
+    assert not torch.equal(tokenizer.decode(z, "a red flower"), tokenizer.decode(z, "a dog"))
+
+
+def test_path_pil_and_tensor_agree(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    path = draw(tmp_path / "a.png", size=(32, 32))
+    tensor = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
+    z = tokenizer.encode(path, "a")
+    for image in (str(path), Image.open(path), [path], tensor):
+        assert torch.equal(tokenizer.encode(image, ["a"]), z)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_a_pil_image_of_any_size_turned_by_its_camera_agrees_with_its_file(mode: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.fromarray(values).convert(mode).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        assert torch.equal(tokenizer.encode(image, "a"), tokenizer.encode(path, "a"))
+
+
+def test_a_pil_image_of_floating_point_numbers_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="a PIL image: its pixels are floating point"):
+        tokenizer.encode(Image.new("F", (32, 32)), "a")
+
+
+def test_images_that_cannot_be_read_are_data_errors(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    damaged = draw(tmp_path / "half.png", size=(64, 64), part=0.5)
+    with pytest.raises(DataError, match=r"half.png: damaged or cut short"):
+        tokenizer.encode(damaged, "a")
+    with pytest.raises(DataError, match="a PIL image: damaged or cut short"):
+        tokenizer.encode(Image.open(damaged), "a")
+    with pytest.raises(DataError, match=r"none.png: No such file"):
+        tokenizer.encode(tmp_path / "none.png", "a")
+    with pytest.raises(DataError, match="Is a directory"):
+        tokenizer.encode(str(tmp_path), "a")
+    with pytest.raises(DataError, match="no image to encode"):
+        tokenizer.encode([], [])
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 16, dtype=torch.uint8), torch.zeros(3, 32, 32).byte()])
+def test_tensors_of_another_type_or_shape_are_refused(images: torch.Tensor, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"not torch.uint8 \(B, 3, 32, 32\)"):
+        tokenizer.encode(images, ["a"] * len(images))
+
+
+def test_latents_of_another_shape_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"latents are \(1, 5, 8\), not \(B, 4, 8\)"):
+        tokenizer.decode(torch.zeros(1, 5, 8), "a")
+
+
+def test_captions_must_match_the_model_and_the_images(tokenizer: Tokenizer, models: Path) -> None:
+    z = torch.zeros(2, 4, 8)
+    with pytest.raises(DataError, match=r"2 image\(s\) and 1 caption\(s\)"):
+        tokenizer.decode(z, "a")
+    with pytest.raises(DataError, match=r"--caption.*`texttok caption`.*--no-caption.*--model baseline-32-128"):
+        tokenizer.decode(z)
+    with pytest.raises(DataError, match="takes no captions"):
+        load_tokenizer(models / "plain.safetensors", device="cpu").decode(z, ["a", "b"])
+
+
+def test_bf16_arithmetic_is_near_and_gives_fp32(models: Path, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    image = draw(tmp_path / "a.png")
+    exact, rough = (load_tokenizer(models / "text.safetensors", device="cpu", precision=p).encode(image, "a") for p in ("fp32", "bf16"))
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().max() < 0.1
+
+
+# ------------------------------------------------------------------ datasets
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "int8"])
+def test_a_dataset_is_encoded_with_its_record(dtype: str, tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    for i in range(5):
+        draw(tmp_path / f"{i}.png", seed=i, size=(40, 30 + i), part=0.5 if i == 1 else 1)
+    failed: list[str] = []
+    parts = list(
+        encode_dataset(
+            tokenizer,
+            open_dataset([tmp_path]),
+            list("abcde"),
+            dtype=dtype,
+            batch_size=2,
+            on_error=lambda image_id, reason: failed.append(image_id),
+            wanted=lambda index, digest: index != 3,
+        )
+    )
+    assert failed == ["1.png"] and [indices for indices, _ in parts] == [[0, 2], [4]]
+    header = parts[0][1].header
+    assert (header.ids, header.captions, header.original_sizes) == (["0.png", "2.png"], ["a", "c"], [(40, 30), (40, 32)])
+    assert header.input_sha256 == [sha256_file(tmp_path / name) for name in header.ids]
+    assert (header.model_name, header.model_sha256, header.dtype) == ("text", tokenizer.info.sha256, dtype)
+    assert (header.mean is not None) == (dtype == "int8")
+
+
+@pytest.mark.parametrize(
+    ("item_id", "caption", "reason"),
+    [
+        ("a.png", "half \ud83d", "a.png: its caption is not Unicode text"),
+        ("a.png", "x" * 100_001, "a.png: its caption has 100,001 characters"),
+        ("\udcff.png", "a", "its name is not Unicode text"),
+    ],
+)
+def test_a_text_that_no_file_can_hold_is_refused_before_any_work(item_id: str, caption: str, reason: str, tokenizer: Tokenizer) -> None:
+    dataset = Dataset([Item(item_id, Path("none"))])
+    with pytest.raises(DataError, match=reason):
+        next(encode_dataset(tokenizer, dataset, [caption], batch_size=1, on_error=unexpected))
+
+
+def test_tokens_make_the_way_back(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    draw(tmp_path / "a.png")
+    [(_, tokens)] = encode_dataset(tokenizer, open_dataset([tmp_path]), ["a dog"], dtype="fp32", batch_size=8, on_error=unexpected)
+    assert isinstance(tokens, Tokens)
+    assert torch.equal(
+        tokenizer.decode(tokens.z, tokens.header.captions), tokenizer.decode(tokenizer.encode(tmp_path / "a.png", "a dog"), "a dog")
+    )
+
+
+# ------------------------------------------------------------------ models
+
+
+def test_a_model_is_found_by_name_path_and_hash(bundled: Path) -> None:
+    assert find_model("plain") == find_model(bundled / "plain.safetensors") == bundled / "plain.safetensors"
+    assert find_model_by_hash(sha256_file(bundled / "other.safetensors"), "x", Path("t")) == bundled / "other.safetensors"
+    with pytest.raises(CheckpointError, match=r"nope: no such model; bundled are other, plain, text; or give a file or hf://owner/name"):
+        find_model("nope")
+    with pytest.raises(CheckpointError, match=r"t: made with model x \(sha256 abababababab...\), which is not bundled.*--model"):
+        find_model_by_hash("ab" * 32, "x", Path("t"))
+
+
+def test_class_embeddings_are_not_served(tmp_path: Path, save_model: Callable[..., Path]) -> None:
+    path = save_model(tmp_path / "classes.safetensors", 0, {"source": "class_embedding", "num_classes": 3})
+    with pytest.raises(CheckpointError, match="class embeddings"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("variable", ["TEXTTOK_OFFLINE", "HF_HUB_OFFLINE"])
+def test_the_hub_is_left_alone_offline(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[bool] = []
+
+    def download(repo: str, filename: str, *, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        raise FileNotFoundError("not in the\ncache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(CheckpointError, match=r"^hf://owner/name: model.safetensors could not be had: not in the cache$"):
+        find_model("hf://owner/name")
+    assert asked == [True]
+
+
+def test_a_malformed_hub_name_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"^hf://a/b/c/d: ") as error:
+        find_model("hf://a/b/c/d", offline=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    for device in ("cuda", "mps", "tpu"):
+        with pytest.raises(BackendError, match=f"--device {device}: not available here"):
+            pick_device(device)
+
+
+def test_the_command_lines_default_model_is_the_apis() -> None:
+    import inspect
+
+    from texttok_cli.commands.encode import encode
+
+    assert inspect.signature(encode).parameters["model"].default == inference.DEFAULT_MODEL

@@ -1,0 +1,126 @@
+"""The `texttok` command: start-up, exit codes, and errors as one line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import texttok_cli
+from texttok_cli import main as module
+from texttok_cli.console import one_line
+from texttok_cli.errors import TokenFileError
+
+Run = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import texttok_cli",
+        "import sys; sys.argv = ['texttok', '--help']; from texttok_cli.main import main; main()",
+        "import sys; sys.argv = ['texttok', 'encode', '--help']; from texttok_cli.main import main; main()",
+        "import sys; sys.argv = ['texttok', 'decode']; from texttok_cli.main import main; main()",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
+    report = "import atexit, sys; atexit.register(lambda: print('LOADED', *sorted({n.partition('.')[0] for n in sys.modules})))\n"
+    run = subprocess.run([sys.executable, "-c", report + code], capture_output=True, text=True, check=False)
+    loaded = set(run.stdout.rpartition("LOADED")[2].split())
+    assert "texttok_cli" in loaded, run.stderr
+    assert not loaded & {"torch", "numpy", "PIL", "transformers", "safetensors", "accelerate", "huggingface_hub", "matplotlib"}
+
+
+def test_help_and_version(texttok: Run) -> None:
+    run = texttok("--help")
+    assert run.code == 0 and all(command in run.out for command in ("encode", "decode", "train"))
+    assert texttok("-h").out == run.out
+    run = texttok("--version")
+    assert (run.code, run.out) == (0, f"texttok {texttok_cli.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["encod"], ["encode"], ["encode", "a.png", "--captoin", "x"], ["encode", "a.png", "--dtype", "fp8"], ["decode", "a", "-b", "0"]],
+)
+def test_usage_errors_end_with_2(args: list[str], texttok: Run) -> None:
+    run = texttok(*args)
+    assert run.code == 2 and run.out == "" and "Traceback" not in run.err and run.err
+
+
+def test_a_persons_mistake_is_one_line_and_debug_shows_where(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = texttok("decode", "none.tok.safetensors")
+    assert (run.code, run.out, run.err) == (1, "", "texttok: none.tok.safetensors: no such file\n")
+    monkeypatch.setattr(sys, "argv", ["texttok", "decode", "none.tok.safetensors", "--debug"])
+    with pytest.raises(TokenFileError):  # Python shows the traceback
+        module.main()
+    monkeypatch.setenv("TEXTTOK_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+    with pytest.raises(TokenFileError):
+        module.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "texttok: a/b: Permission denied\n"),
+        (IsADirectoryError(21, "Is a directory", ".x.tmp", None, "x"), "texttok: x: Is a directory\n"),
+        (OSError(28, "No space left on device"), "texttok: file system: No space left on device\n"),
+        (OSError("something else"), "texttok: file system: something else\n"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line(error: OSError, line: str, texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(module, "app", fail)
+    run = texttok()
+    assert (run.code, run.err) == (1, line)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        module.main()
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="rights don't bind the superuser")
+def test_a_read_only_folder_is_one_line(texttok: Run, bundled: Path, draw: Callable[..., Path], tmp_path: Path) -> None:
+    image = draw(tmp_path / "in" / "img.png")
+    image.parent.chmod(0o500)
+    run = texttok("encode", image, "--caption", "a", "--model", "text", "--device", "cpu", "--quiet")
+    image.parent.chmod(0o700)
+    assert run.code == 1 and run.err.count("\n") == 1 and "Permission denied" in run.err
+
+
+def test_a_full_disk_is_one_line(texttok: Run, bundled: Path, draw: Callable[..., Path], tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    image = draw(tmp_path / "img.png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        run = texttok("encode", image, "--caption", "a", "--model", "text", "--device", "cpu", "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.code == 1 and run.err.count("\n") == 1
+    assert run.err.startswith(f"texttok: {tmp_path / 'img.tok.safetensors'}: ") and "too large" in run.err
+    assert [path.name for path in tmp_path.iterdir()] == ["img.png"]
+
+
+def test_a_reader_that_goes_away_ends_quietly(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from texttok_cli.main import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+
+
+def test_messages_are_one_line_whatever_they_hold() -> None:
+    assert one_line("caf\u00e9 \u732b a\nb\x1b[31m\u2028c\\n") == "caf\u00e9 \u732b a\\nb\\x1b[31m\\u2028c\\n"

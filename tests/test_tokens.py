@@ -1,0 +1,310 @@
+"""Token files and folders of them: round trips, every field checked, growth that survives interruptions."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from texttok_cli import tokens as module
+from texttok_cli.errors import TokenFileError
+from texttok_cli.files import load_safetensors, save_safetensors
+from texttok_cli.tokens import (
+    TokenFolder,
+    TokenHeader,
+    Tokens,
+    concatenate,
+    load_token_header,
+    load_tokens,
+    read_index,
+    read_shards,
+    save_tokens,
+    select,
+)
+
+MODEL = "ab" * 32
+MEAN, STD = [0.5, -1.0, 0.0], [1.0, 0.25, 2.0]
+
+
+def make(n: int = 2, *, seed: int = 0, first: int = 0, **changes: Any) -> Tokens:
+    """n images called i0, i1, ... with latents (n, 4, 3)."""
+    z = torch.randn(n, 4, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor(STD) + torch.tensor(MEAN)
+    if changes.get("dtype") == "int8":
+        changes = {"mean": MEAN, "std": STD, **changes}
+    fields: dict[str, Any] = {
+        "texttok_tokens": 1,
+        "model_name": "tiny",
+        "model_sha256": MODEL,
+        "dtype": "fp32",
+        "image_size": 32,
+        "ids": [f"i{first + i}" for i in range(n)],
+        "captions": [f"a caf\u00e9 \u732b {first + i}" for i in range(n)],
+        "input_sha256": [f"{seed * 1000 + first + i:064x}" for i in range(n)],
+        "original_sizes": [(40, 30 + i) for i in range(n)],
+    }
+    return Tokens(z, TokenHeader(**{**fields, **changes}))
+
+
+# ------------------------------------------------------------------ one file
+
+
+@pytest.mark.parametrize("captions", [None, ["", "a dog"]])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_float_round_trip(dtype: str, captions: list[str] | None, tmp_path: Path) -> None:
+    tokens = make(dtype=dtype, captions=captions)
+    save_tokens(tmp_path / "a", tokens)
+    again = load_tokens(tmp_path / "a")
+    assert again.header == tokens.header == load_token_header(tmp_path / "a")
+    assert again.z.dtype == torch.float32
+    assert torch.equal(again.z, tokens.z.half().float() if dtype == "fp16" else tokens.z)
+
+
+def test_int8_is_within_its_step_clips_at_four_std_and_is_stable(tmp_path: Path) -> None:
+    tokens = make(50, dtype="int8")
+    tokens.z[0, 0] = torch.tensor([100.0, -100.0, 0.0])
+    save_tokens(tmp_path / "a", tokens)
+    again = load_tokens(tmp_path / "a").z
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    inside = (tokens.z - mean).abs() <= 4 * std
+    assert ((again - tokens.z).abs() <= 4 * std / 254 * 1.001)[inside].all() and inside.sum() > 590
+    assert again[0, 0].tolist() == [0.5 + 4 * 1.0, -1.0 - 4 * 0.25, 0.0]
+    save_tokens(tmp_path / "b", load_tokens(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_int8_of_a_channel_that_never_varies_is_its_mean(tmp_path: Path) -> None:
+    tokens = make(dtype="int8", std=[1.0, 0.0, 2.0])
+    tokens.z[..., 1] = -1.0
+    tokens.z[0, 0, 1] = 7.0
+    save_tokens(tmp_path / "a", tokens)
+    assert (load_tokens(tmp_path / "a").z[..., 1] == -1.0).all()
+
+
+def test_bytes_are_those_of_tokens_and_of_captions_in_utf8() -> None:
+    assert [make(dtype=dtype).token_bytes for dtype in ("fp32", "fp16", "int8")] == [96, 48, 24]
+    assert make(captions=["\u732b", "ab"]).caption_bytes == 5 and make(captions=None).caption_bytes == 0
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("fp32", float("nan")), ("fp16", float("inf")), ("int8", float("nan")), ("fp16", 70_000.0)])
+def test_latents_that_cannot_be_kept_are_not_written(dtype: str, value: float, tmp_path: Path) -> None:
+    tokens = make(dtype=dtype)
+    tokens.z[1, 2, 0] = value
+    with pytest.raises(TokenFileError, match="the tokens of i1 hold a value"):
+        save_tokens(tmp_path / "a", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_and_header_agree_on_the_number_of_images() -> None:
+    with pytest.raises(ValueError, match="of 2 images"):
+        replace(make(2), z=torch.zeros(3, 4, 3))
+
+
+def test_select_and_concatenate_are_inverse() -> None:
+    tokens = make(5)
+    parts = [select(tokens, [0]), select(tokens, range(1, 5))]
+    assert [part.header.ids for part in parts] == [["i0"], ["i1", "i2", "i3", "i4"]]
+    again = concatenate(parts)
+    assert again.header == tokens.header and torch.equal(again.z, tokens.z)
+    assert select(make(3, captions=None), [2]).header.captions is None
+
+
+Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+WRONG: dict[str, tuple[Change, str]] = {
+    "another kind": (lambda h, t: h.pop("texttok_tokens"), "another kind of file"),
+    "a newer format": (lambda h, t: h.update(texttok_tokens=2), "this texttok reads 1; update texttok"),
+    "an unknown field": (lambda h, t: h.update(color="red"), "header.color: Extra inputs"),
+    "no ids": (lambda h, t: h.pop("ids"), "header.ids: Field required"),
+    "a model by path": (lambda h, t: h.update(model_name="../m"), "header.model_name"),
+    "a model without a name": (lambda h, t: h.update(model_name=""), "header.model_name"),
+    "a hash": (lambda h, t: h.update(model_sha256="AB" * 32), "header.model_sha256"),
+    "a type": (lambda h, t: h.update(dtype="fp64"), "header.dtype"),
+    "another type": (lambda h, t: h.update(dtype="fp16"), "its tokens are F32, its header says fp16"),
+    "an image size": (lambda h, t: h.update(image_size=0), "header.image_size"),
+    "too few ids": (lambda h, t: h["ids"].pop(), "captions has 2 entries for 1 images"),
+    "too few captions": (lambda h, t: h["captions"].pop(), "captions has 1 entries for 2 images"),
+    "too few hashes": (lambda h, t: h["input_sha256"].pop(), "input_sha256 has 1 entries"),
+    "too few sizes": (lambda h, t: h["original_sizes"].pop(), "original_sizes has 1 entries"),
+    "a caption that is none": (lambda h, t: h.update(captions=["a", None]), "header.captions.1"),
+    "an endless caption": (lambda h, t: h.update(captions=["a", "x" * 100_001]), "header.captions.1"),
+    "an input's hash": (lambda h, t: h["input_sha256"].__setitem__(0, "x" * 64), "header.input_sha256.0"),
+    "an original size": (lambda h, t: h["original_sizes"].__setitem__(0, [-1, 5]), "header.original_sizes.0.0"),
+    "int8 without scale": (lambda h, t: h.update(dtype="int8"), "mean and std go with dtype int8"),
+    "a scale without int8": (lambda h, t: h.update(mean=MEAN, std=STD), "mean and std go with dtype int8"),
+    "a scale of other channels": (
+        lambda h, t: (h.update(dtype="int8", mean=MEAN, std=STD[:2]), t.update(z=t["z"].to(torch.int8))),
+        "mean and std are not of its 3 channels",
+    ),
+    "a scale that is not finite": (
+        lambda h, t: (h.update(dtype="int8", mean=MEAN, std=[1.0, float("nan"), 1.0]), t.update(z=t["z"].to(torch.int8))),
+        "header.std.1",
+    ),
+    "another number of latents": (lambda h, t: t.update(z=t["z"][:1]), "its tensors are not one z of 2 images"),
+    "flat latents": (lambda h, t: t.update(z=t["z"].flatten(1)), "its tensors are not one z of 2 images"),
+    "no tokens": (lambda h, t: t.update(z=t["z"][:, :0]), "its tensors are not one z of 2 images"),
+    "another tensor": (lambda h, t: t.update(y=t["z"]), "its tensors are not one z of 2 images"),
+    "no latents": (lambda h, t: t.update(y=t.pop("z")), "its tensors are not one z of 2 images"),
+    "not finite": (lambda h, t: t["z"][1, 0].fill_(float("nan")), "the tokens of i1 hold a value"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_token_file_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    change, reason = WRONG[case]
+    path = tmp_path / "a"
+    save_tokens(path, make())
+    header, tensors = load_safetensors(path, error=TokenFileError)
+    change(header, tensors)
+    save_safetensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header)
+    with pytest.raises(TokenFileError) as error:
+        load_tokens(path)
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------ a folder
+
+
+def open_folder(path: Path, **changes: Any) -> TokenFolder:
+    return TokenFolder(path, **{"model_name": "tiny", "model_sha256": MODEL, "dtype": "fp32", "shard_size": 4, **changes})
+
+
+def fill(path: Path, *parts: Tokens) -> TokenFolder:
+    folder = open_folder(path)
+    for part in parts:
+        folder.add(part)
+    folder.flush()
+    return folder
+
+
+def everything(path: Path) -> Tokens:
+    return concatenate(list(read_shards(path)))
+
+
+def test_shards_hold_all_in_order(tmp_path: Path) -> None:
+    tokens = make(10)
+    fill(tmp_path, *(select(tokens, range(i, i + 2)) for i in range(0, 10, 2)))
+    assert [shard.images for shard in read_index(tmp_path).shards] == [4, 4, 2]
+    again = everything(tmp_path)
+    assert again.header == tokens.header and torch.equal(again.z, tokens.z)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_statistics_are_those_of_all_stored_latents(dtype: str, tmp_path: Path) -> None:
+    tokens = make(9, dtype=dtype)
+    folder = open_folder(tmp_path, dtype=dtype)
+    for i in range(9):
+        folder.add(select(tokens, [i]))
+    folder.flush()
+    sums = read_index(tmp_path).statistics()
+    z = everything(tmp_path).z.double().flatten(0, 1)
+    mean = torch.tensor(sums.total, dtype=torch.float64) / sums.count
+    std = (torch.tensor(sums.squares, dtype=torch.float64) / sums.count - mean**2).sqrt()
+    assert sums.count == 36
+    assert torch.allclose(mean, z.mean(0), atol=1e-12) and torch.allclose(std, z.std(0, correction=0), atol=1e-12)
+
+
+def test_a_folder_opened_again_knows_what_it_has_and_goes_on(tmp_path: Path) -> None:
+    fill(tmp_path, make(3))
+    again = open_folder(tmp_path)
+    header = make(3).header
+    assert all(again.has(f"i{i}", header.input_sha256[i], header.captions[i]) for i in range(3))
+    assert not again.has("i3", header.input_sha256[0], header.captions[0])
+    assert not again.has("i0", header.input_sha256[1], header.captions[0])
+    assert not again.has("i0", header.input_sha256[0], "another caption") and not again.has("i0", header.input_sha256[0], None)
+    again.add(make(2, first=3))
+    again.flush()
+    assert everything(tmp_path).header.ids == ["i0", "i1", "i2", "i3", "i4"]
+
+
+def test_no_caption_and_the_empty_one_are_told_apart(tmp_path: Path) -> None:
+    fill(tmp_path, make(1, captions=None))
+    digest = make(1).header.input_sha256[0]
+    assert open_folder(tmp_path).has("i0", digest, None) and not open_folder(tmp_path).has("i0", digest, "")
+
+
+def test_tokens_under_a_known_id_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
+    fill(tmp_path, make(4), make(4, first=4), make(1, first=8))
+    new = [make(1, seed=5, first=first) for first in (1, 8)]  # one of four in its shard, and all of its shard
+    fill(tmp_path, *new)
+    found = everything(tmp_path)
+    assert found.header.ids == ["i0", "i2", "i3", "i4", "i5", "i6", "i7", "i1", "i8"]
+    old = make(4)
+    assert torch.equal(found.z[:3], old.z[[0, 2, 3]]) and torch.equal(found.z[7:], torch.cat([part.z for part in new]))
+    index = read_index(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["index.json", *(shard.file for shard in index.shards)])
+    assert index.statistics().count == 36
+    assert torch.allclose(torch.tensor(index.statistics().total).double(), found.z.double().sum((0, 1)))
+    assert open_folder(tmp_path).has("i1", new[0].header.input_sha256[0], new[0].header.captions[0])
+
+
+def test_an_interruption_between_shard_and_index_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, make(4))
+
+    def stop(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    for again in (make(4, first=4), make(1, seed=5, first=1)):  # new images, and one that replaces
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "write_json", stop)
+            fill(tmp_path, again)
+        assert everything(tmp_path).header == make(4).header  # the old state is whole
+    fill(tmp_path, make(4, first=4))
+    found = everything(tmp_path)
+    assert found.header == make(8).header.model_copy(update={"original_sizes": found.header.original_sizes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"model_sha256": "cd" * 32}, "holds tokens with model_sha256 abab"), ({"dtype": "int8"}, "holds tokens with dtype fp32, not int8")],
+)
+def test_a_folder_of_another_model_or_type_is_refused(changes: dict[str, str], reason: str, tmp_path: Path) -> None:
+    fill(tmp_path, make(1))
+    with pytest.raises(TokenFileError, match=reason):
+        open_folder(tmp_path, **changes)
+
+
+def drop_key(text: str, key: str) -> str:
+    value = json.loads(text)
+    del value[key]
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged: not a JSON object"),
+        (lambda text: "[" * 100_000, "damaged: not a JSON object"),
+        (lambda text: "[]", "damaged: not a JSON object"),
+        (lambda text: drop_key(text, "texttok_index"), "another kind of file"),
+        (lambda text: drop_key(text, "model_sha256"), "model_sha256: Field required"),
+        (lambda text: text.replace('"texttok_index": 1', '"texttok_index": 7'), "update texttok"),
+        (lambda text: text.replace("shard-00000", "../shard-00000"), "shards.0.file"),
+    ],
+)
+def test_a_damaged_index_is_refused_in_one_line(damage: Callable[[str], str], reason: str, tmp_path: Path) -> None:
+    fill(tmp_path, make(1))
+    index = tmp_path / "index.json"
+    index.write_text(damage(index.read_text()))
+    for use in (open_folder, read_index):
+        with pytest.raises(TokenFileError) as error:
+            use(tmp_path)
+        assert str(error.value).startswith(f"{index}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_shard_that_is_missing_or_another_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, make(4), make(4, first=4))
+    second = tmp_path / "shard-00001.tok.safetensors"
+    second.write_bytes((tmp_path / "shard-00000.tok.safetensors").read_bytes())
+    with pytest.raises(TokenFileError, match=r"is not the shard that index.json names"):
+        everything(tmp_path)
+    second.unlink()
+    for use in (open_folder, everything):
+        with pytest.raises(TokenFileError, match=r"shard-00001.tok.safetensors: no such file"):
+            use(tmp_path)
+
+
+def test_a_folder_without_an_index_is_no_token_folder(tmp_path: Path) -> None:
+    with pytest.raises(TokenFileError, match=r"not a folder of tokens \(no index.json\)"):
+        read_index(tmp_path)

@@ -1,0 +1,105 @@
+"""Every shipped recipe: loads, builds at its real size on the meta device, plans, and trains two steps at a tiny one."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from texttok_cli.config.loader import load_recipe, recipe_names
+from texttok_cli.config.schema import ClassEmbedding, Recipe, TextCondition
+from texttok_cli.models.tokenizer import TexTok
+from texttok_cli.training.plan import count_flops, plan
+from texttok_cli.training.report import Reporter
+from texttok_cli.training.session import run_training
+
+# Parameters in millions, without what depends on the number of tokens (2 N D) and on the text width.
+T5_XL = {"S": 53.9, "B": 175.2, "L": 611.5}
+NAMES = recipe_names()
+
+
+def millions(model: TexTok) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def expected_millions(recipe: Recipe) -> float:
+    """Counted by hand: blocks, patches, tokens, projections; the bottleneck's extra."""
+    cfg = recipe.model
+    d, depth, n = cfg.backbone.width, cfg.backbone.depth, cfg.num_tokens
+    hidden = int(d * cfg.backbone.mlp_ratio)
+    block = 4 * d + (3 * d * d + 3 * d) + (d * d + d) + (d * hidden + hidden) + (hidden * d + d)
+    if cfg.backbone.qk_norm:
+        block += 2 * d // cfg.backbone.heads
+    pixels = 3 * cfg.patch_size**2
+    total = 2 * (depth * block + 2 * d) + (pixels * d + d) + (d * pixels + pixels)
+    total += 2 * cfg.num_patches * d + 2 * n * d  # positions and learnable tokens
+    out = cfg.latent_dim * (2 if cfg.bottleneck.kind == "kl" else 1)
+    total += (d * out + out) + (cfg.latent_dim * d + d)
+    if cfg.bottleneck.kind == "vq":
+        total += cfg.bottleneck.codes * cfg.latent_dim
+    if isinstance(cfg.condition, TextCondition | ClassEmbedding):
+        width = cfg.condition.encoder.dim if isinstance(cfg.condition, TextCondition) else d
+        halves = 2 if cfg.condition.where == "both" else 1
+        total += halves * (width * d + d)
+        if cfg.condition.mode == "cross_attention":
+            total += halves * depth * (2 * d + (d * d + d) + (2 * d * d + 2 * d) + (d * d + d))
+        if isinstance(cfg.condition, ClassEmbedding):
+            total += cfg.condition.num_classes * d
+    return total / 1e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_builds_at_its_real_size(name: str) -> None:
+    recipe = load_recipe(name)
+    model, flops = count_flops(recipe.model)
+    assert millions(model) == pytest.approx(expected_millions(recipe), rel=1e-9)
+    assert flops > 0
+
+
+def test_sizes_are_those_of_table_4e() -> None:
+    """The paper rounds them to 54 / 176 / 612 M."""
+    for name, size in (("ablations/4e-small", "S"), ("tokenizer/texttok-128-256", "B"), ("ablations/4e-large", "L")):
+        assert expected_millions(load_recipe(name)) == pytest.approx(T5_XL[size], rel=2e-3)
+
+
+def test_the_twins_differ_by_their_condition_alone() -> None:
+    for tokens in (32, 64, 128, 256):
+        for size in (256, 512):
+            text, twin = (load_recipe(f"tokenizer/{kind}-{tokens}-{size}").model_dump() for kind in ("texttok", "baseline"))
+            assert {key for key in text["model"] if text["model"][key] != twin["model"][key]} == {"condition"}
+            assert {key for key in text if text[key] != twin[key]} == {"model", "reproduces"}
+
+
+def test_the_plan_adds_up() -> None:
+    numbers = plan(load_recipe("tokenizer/texttok-32-256"))
+    assert numbers["images_seen"] == 1_350_000 * 256
+    assert numbers["token_bytes_per_image_fp16"] == 512
+    assert numbers["parameters_M"] == pytest.approx(175.2, abs=0.2)
+    assert numbers["training_GFLOP_per_image"] == pytest.approx(3 * numbers["forward_GFLOP_per_image"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures: Path) -> None:
+    recipe = load_recipe(name)
+    overrides = [
+        "model.image_size=32",
+        "model.patch_size=8",
+        "model.num_tokens=4",
+        "model.backbone={depth: 1, width: 32, heads: 2}",
+        f"data.train=[{pictures}]",
+        "data.workers=0",
+        "objective.perceptual=null",
+        "schedule={steps: 2, warmup: 0}",
+        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false}",
+    ]
+    if recipe.objective.adversarial is not None:
+        overrides += ["objective.adversarial={start: 0, discriminator: {base: 4, multipliers: [1, 1]}}"]
+    if isinstance(recipe.model.condition, TextCondition):
+        overrides += ["model.condition.encoder={kind: hash, name: null, dim: 16, precision: fp32}"]
+    if isinstance(recipe.model.condition, ClassEmbedding):
+        overrides += ["model.condition.num_classes=2"]
+    if recipe.model.bottleneck.kind == "vq":
+        overrides += ["model.bottleneck.codes=16"]
+    losses: list[float] = []
+    report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
+    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, cpu=True)
+    assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -1,0 +1,336 @@
+"""The trainer: exact resume, bad steps, interruption, several processes, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from texttok_cli.config.loader import load_recipe
+from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
+from texttok_cli.training.guard import Guard
+from texttok_cli.training.loop import Interrupted
+from texttok_cli.training.report import Reporter
+from texttok_cli.training.run import RunFolder
+from texttok_cli.training.session import run_training
+from texttok_cli.training.tokenizer_task import TokenizerTask
+
+RecipeFile = Callable[..., Path]
+QUIET = Reporter(lambda _: None, lambda *_: None)
+
+
+def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
+    """Run in this process; the newest training state."""
+    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, cpu=True)
+    return newest_state(out)
+
+
+def newest_state(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted(path for path in (out / "state").glob("step-*") if not path.suffix)[-1] / "state.safetensors")
+
+
+def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+class Stop(Reporter):
+    """Sends this process a signal when a step is done."""
+
+    def __init__(self, step: int, number: int) -> None:
+        def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+            if what == "training" and done == step:
+                os.kill(os.getpid(), number)
+
+        super().__init__(lambda _: None, progress)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": {"precision": "bf16"}},
+        {"data": {"workers": 2}},
+        {"optimizer": {"kind": "muon"}, "training": {"accumulate": 2, "checkpointing": True}},
+        {"model": {"bottleneck": {"kind": "vq", "codes": 16}}},
+        {"model": {"bottleneck": {"kind": "kl", "weight": 0.01}}},
+    ],
+    ids=["fp32", "bf16", "workers", "muon", "vq", "kl"],
+)
+def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, tmp_path: Path, changes: dict) -> None:
+    recipe = recipe_file(**changes)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="step 3"):
+        train(recipe, tmp_path / "parts", report=Stop(3, signal.SIGTERM))
+    torch.manual_seed(123)  # a resumed process begins with another random state
+    parts = train(recipe, tmp_path / "parts")
+    assert_same_bits(whole, parts)
+    assert_same_bits(load_file(tmp_path / "whole" / "model.safetensors"), load_file(tmp_path / "parts" / "model.safetensors"))
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "whole")]
+    assert steps == [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "parts")]
+    assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_state_holds_all_that_the_next_step_depends_on(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    state = train(recipe_file(), tmp_path / "run")
+    for prefix in ("model.", "ema.", "discriminator.", "lecam.ema_real", "guard.", "optimizer.0.0.exp_avg", "optimizer.1.0.exp_avg"):
+        assert any(key.startswith(prefix) for key in state), prefix
+    assert state["lecam.ema_real"] != 0
+
+
+def test_losses_start_when_the_recipe_says(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert ["gan" in line for line in lines] == [False, False, True, True, True, True]  # start: 2
+    assert ["d_r1" in line for line in lines] == [False, False, True, False, True, False]  # r1_every: 2
+    assert {"logit_gap", "d_lecam", "d_grad_norm", "skipped_steps"} <= lines[-1].keys()
+
+
+def test_a_run_leaves_a_model_that_encodes(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    from texttok_cli import load_tokenizer
+
+    train(recipe_file(data={"val": [str(pictures)]}, training={"val_every": 3, "grid_images": 4}), tmp_path / "run")
+    tokenizer = load_tokenizer(tmp_path / "run" / "model.safetensors", device="cpu")
+    z = tokenizer.encode(pictures / "even" / "00.png", "picture number 0")
+    assert z.shape == (1, 4, 8)
+    assert (tokenizer.model.latent_std > 0).all() and not torch.equal(tokenizer.model.latent_std, torch.ones(8))
+    assert [line["step"] for line in metrics(tmp_path / "run", "val_psnr")] == [3, 6]
+    with Image.open(tmp_path / "run" / "grids" / "step-00000006.png") as grid:
+        assert grid.size == (4 * 32, 2 * 32)
+
+
+def test_latent_statistics_are_those_of_all_training_images(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    from texttok_cli import load_tokenizer
+
+    train(recipe_file(training={"weights": "fp32"}), tmp_path / "run")
+    tokenizer = load_tokenizer(tmp_path / "run" / "model.safetensors", device="cpu")
+    files = sorted(pictures.rglob("*.png"))
+    z = tokenizer.encode(files, [file.with_suffix(".txt").read_text() for file in files]).flatten(0, 1).double()
+    torch.testing.assert_close(tokenizer.model.latent_mean.double(), z.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokenizer.model.latent_std.double(), z.std(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_equals_one_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    for parts in (1, 2):
+        train(recipe_file(training={"accumulate": parts}, schedule={"steps": 3}), tmp_path / str(parts))
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_adaptive_weight_scales_the_gan_term(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    values = {}
+    for adaptive in (False, True):
+        train(recipe_file(objective={"adversarial": {"adaptive": adaptive}}, schedule={"steps": 3}), tmp_path / str(adaptive))
+        values[adaptive] = metrics(tmp_path / str(adaptive))[2]["gan"]
+    assert values[False] > 0 and values[True] > 0 and values[True] != values[False]
+
+
+# ------------------------------------------------------------------ bad steps
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Makes the l2 loss NaN at some steps."""
+
+    def at(steps: set[int]) -> None:
+        honest = TokenizerTask._reconstruction_losses
+
+        def poisoned(self: TokenizerTask, real: Any, fake: Any, step: int) -> dict[str, torch.Tensor]:
+            losses = honest(self, real, fake, step)
+            return {"l2": losses["l2"] * float("nan")} if step in steps else losses
+
+        monkeypatch.setattr(TokenizerTask, "_reconstruction_losses", poisoned)
+
+    return at
+
+
+def test_a_nan_step_is_skipped_and_counted(recipe_file: RecipeFile, tmp_path: Path, poison: Callable) -> None:
+    poison({3})
+    state = train(recipe_file(), tmp_path / "run")
+    assert all(value.isfinite().all() for value in state.values())
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 1, 1]
+    assert state["optimizer.0.0.step"] == 5  # of six
+
+
+def test_three_bad_steps_in_a_row_roll_back(
+    recipe_file: RecipeFile, tmp_path: Path, poison: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({2, 3, 4})
+    loaded = []
+    honest = RunFolder.load_state
+    monkeypatch.setattr(RunFolder, "load_state", lambda self, optimizers: loaded.append(result := honest(self, optimizers)) or result)
+    state = train(recipe_file(), tmp_path / "run")
+    assert [step for step, _ in loaded] == [0, 2]  # at the start, and after the third bad step
+    assert state["optimizer.0.0.step"] == 3 and state["guard.skipped"] == 3
+
+
+def test_divergence_ends_with_what_to_do(recipe_file: RecipeFile, tmp_path: Path, poison: Callable) -> None:
+    poison(set(range(100)))
+    with pytest.raises(TrainingError, match=r"diverged at step 3.*lower optimizer.lr"):
+        train(recipe_file(), tmp_path / "run")
+
+
+def test_a_spike_is_a_bad_step_and_leaves_the_running_mean_alone() -> None:
+    guard = Guard(spike=3.0)
+    answers = [guard.accepts(torch.tensor(norm)) for norm in (1.0, 2.0, 2.9, 3.5, 1.0)]
+    assert answers == [True, True, True, False, True]  # the mean is about 1.03 when 3.5 comes
+    assert guard.skipped == 1 and not guard.wants_roll_back
+    assert not guard.accepts(torch.tensor(1.0), torch.tensor(float("nan")))
+
+
+# ------------------------------------------------------------------ what a person gets wrong, and what breaks
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"optimizer\.lr.*another --out"):
+        train(recipe_file(), tmp_path / "run", "optimizer.lr=0.5")
+
+
+def test_a_damaged_state_is_named(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run", "schedule.steps=6")
+    file = next((tmp_path / "run" / "state").glob("step-*")) / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut short"):
+        train(recipe_file(), tmp_path / "run")
+
+
+def test_a_full_disk_while_saving_keeps_the_last_state(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import texttok_cli.training.run as run_module
+
+    honest = run_module.save_safetensors
+
+    def full(path: Path, tensors: Any, header: dict[str, Any]) -> None:
+        if header.get("step") == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        honest(path, tensors, header)
+
+    monkeypatch.setattr(run_module, "save_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe_file(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    resumed = train(recipe_file(), tmp_path / "run")
+    assert_same_bits(resumed, train(recipe_file(), tmp_path / "whole"))
+
+
+def test_data_that_is_damaged_in_the_middle_of_an_epoch_is_replaced_and_said(
+    recipe_file: RecipeFile, tmp_path: Path, pictures: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+    (copy / "odd" / "03.png").write_bytes((copy / "odd" / "03.png").read_bytes()[:60])
+    said: list[str] = []
+    train(recipe_file(data={"train": [str(copy)]}), tmp_path / "run", report=Reporter(said.append, lambda *_: None))
+    assert any(line.startswith("skipped odd/03.png") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("training.batch_size=5", RecipeError, "batch_size 5"),
+        ("data.train=[]", RecipeError, "data.train is empty"),
+        ("data.train=[nowhere.tar]", DataError, "nowhere.tar: no such"),
+        ("objective.adversarial.discriminator.multipliers=[1,1,1,1,1,1]", RecipeError, "discriminator"),
+        ("model.condition={source: class_embedding, num_classes: 9}", RecipeError, "num_classes is 9"),
+    ],
+)
+def test_mistakes_are_one_line(recipe_file: RecipeFile, tmp_path: Path, override: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        train(recipe_file(training={"accumulate": 2}), tmp_path / "run", override)
+    assert "\n" not in str(raised.value)
+
+
+def test_class_embeddings_and_class_text_train(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "a", "model.condition={source: class_embedding, num_classes: 2}", "schedule.steps=2")
+    train(recipe_file(), tmp_path / "b", "model.condition.source=class_text", "schedule.steps=2")
+    assert "model.classes.weight" in newest_state(tmp_path / "a")
+
+
+def test_text_cache_gives_the_same_training(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "online", "schedule.steps=2")
+    train(recipe_file(), tmp_path / "cached", "schedule.steps=2", "training.text_cache=true")
+    for a, b in zip(metrics(tmp_path / "online"), metrics(tmp_path / "cached"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # the cache holds fp16
+    assert list((tmp_path / "cached" / "text").glob("part-*.safetensors"))
+
+
+# ------------------------------------------------------------------ real processes
+
+COMMAND = [sys.executable, "-m", "texttok_cli", "train"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(recipe_file: RecipeFile, tmp_path: Path, one_thread: None) -> None:
+    """SIGKILL, mostly while a state is being written: every step saves one."""
+    recipe = recipe_file(schedule={"steps": 40}, training={"save_every": 1, "log_every": 1})
+    whole = train(recipe, tmp_path / "whole")
+    command = [*COMMAND, str(recipe), "--out", str(tmp_path / "killed"), "--device", "cpu", "--offline", "--quiet"]
+    for wanted in (3, 12):
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not any(int(path.name[5:13]) >= wanted for path in (tmp_path / "killed" / "state").glob("step-????????")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.003)
+        process.kill()
+        process.wait()
+        assert newest_state(tmp_path / "killed")  # whole, whatever the moment was
+    assert_same_bits(train(recipe, tmp_path / "killed"), whole)
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 41))
+
+
+def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """DDP over gloo with the discriminator, R1 and LeCAM on: losses and gradients as in one process with the same global batch."""
+    recipe = recipe_file(schedule={"steps": 5}, objective={"adversarial": {"start": 0}})
+    train(recipe, tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
+    subprocess.run(
+        [*launcher, str(recipe), "--out", str(tmp_path / "two"), "--device", "cpu", "--offline", "--quiet"],
+        env=ENVIRONMENT,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "l2", "gan", "d_gan", "d_lecam", "grad_norm", "d_grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+
+
+def test_a_run_starts_from_a_models_weights(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(training={"weights": "fp32"}), tmp_path / "first")
+    first = tmp_path / "first" / "model.safetensors"
+    train(recipe_file(), tmp_path / "second", f"training.start_from={first}", "schedule={steps: 1, warmup: 1000}")  # a thousandth of the rate
+    a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
+    torch.testing.assert_close(a["patch_tokens"], b["patch_tokens"], atol=1e-5, rtol=0)
+    assert not torch.equal(a["patch_tokens"], b["patch_tokens"])
+    with pytest.raises(RecipeError, match=r"start_from: .*differs in num_tokens"):
+        train(recipe_file(), tmp_path / "third", f"training.start_from={first}", "model.num_tokens=5")

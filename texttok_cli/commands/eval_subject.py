@@ -1,0 +1,168 @@
+"""What `texttok eval` measures: a model and the images it reconstructs, or samples and their references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from texttok_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from texttok_cli.data import Dataset
+    from texttok_cli.inference import Tokenizer
+    from texttok_cli.metrics.sources import Images
+    from texttok_cli.metrics.statistics import Gaussian
+
+SAMPLE_SET = "emoji128-val.tar"  # comes with the package
+
+
+@dataclass
+class Subject:
+    """Images to measure, and what a protocol card says of them."""
+
+    task: Literal["reconstruction", "generation"]
+    samples: Images | None
+    references: Images | None
+    card: dict[str, Any]
+    paired: bool
+    given: Mapping[str, Gaussian] = field(default_factory=dict)
+    captions: Sequence[str] | None = None
+    reconstruct: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+
+    @property
+    def measured(self) -> Images:
+        """Whose number is n: the samples, or the images that are reconstructed."""
+        images = self.references if self.samples is None else self.samples
+        assert images is not None
+        return images
+
+
+def of_model(
+    tokenizer: Tokenizer,
+    data: Sequence[str] | None,
+    *,
+    limit: int | None,
+    captions: Path | None,
+    caption_field: str | None,
+    no_caption: bool,
+    compare_captions: bool,
+) -> Subject:
+    """Images of `data` (None: the sample set of the package), cropped by ADM's rule, and their reconstructions."""
+    from texttok_cli.data import open_dataset
+    from texttok_cli.inference import PRETRAINED, texts_for
+    from texttok_cli.metrics.sources import FileImages
+
+    dataset = _evenly(open_dataset(data or [PRETRAINED / SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
+    condition = tokenizer.text_condition
+    texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
+    text = None if condition is None else "none (--no-caption)" if no_caption else f"{condition.source}: {caption_field or 'first caption'}"
+    card = {
+        "samples": tokenizer.info.name,
+        "model_sha256": tokenizer.info.sha256,
+        "reference": _names(data or [SAMPLE_SET]),
+        "uint8": "clamp(127.5 x + 128), rounds half up",
+        "text": text,
+        "precision": tokenizer.precision,
+    }
+    if not data:
+        card["split"] = "val"
+
+    def reconstruct(images: Tensor, indices: Sequence[int]) -> Tensor:
+        chosen = None if texts is None else [texts[index] for index in indices]
+        return tokenizer.decode(tokenizer.encode(images, chosen), chosen)
+
+    originals = FileImages(dataset, crop_to=tokenizer.cfg.image_size)
+    compared = _captions(dataset) if compare_captions else None
+    return Subject("reconstruction", None, originals, card, paired=True, captions=compared, reconstruct=reconstruct)
+
+
+def of_samples(
+    samples: str, ref: str | None, *, paired: bool, captions: Path | None, caption_field: str | None, compare_captions: bool
+) -> Subject:
+    """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
+
+    `paired`: each sample belongs to the reference of its name (its position, if either is an .npz).
+    """
+    from texttok_cli.data import open_dataset
+    from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
+
+    card = {"samples": _names([samples]), "reference": _names([ref]) if ref else None, "uint8": "as stored"}
+    if samples.endswith(".npz"):
+        found: Images = NpzImages(Path(samples))
+        texts = _captions_of_npz(found, captions) if compare_captions else None
+    else:
+        dataset = open_dataset([samples], captions=captions, caption_field=caption_field)
+        found = FileImages(dataset)
+        texts = _captions(dataset) if compare_captions else None
+    if texts is not None:
+        card["text"] = f"compared with the samples: {captions.name if captions else caption_field or 'first caption'}"
+    task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
+    subject = Subject(task, found, None, card, paired, captions=texts)
+    if ref is not None and ref.endswith(".npz"):
+        reference = read_npz_reference(Path(ref))
+        subject.references, subject.given = reference.images, reference.given
+    elif ref is not None:
+        subject.references = FileImages(_matched(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
+    if paired:
+        _check_pairs(subject, ref)
+    return subject
+
+
+def _matched(references: Dataset, samples: Images) -> Dataset:
+    """The references in the order of the samples of the same name; by position where the samples have no names (.npz)."""
+    from texttok_cli.metrics.sources import FileImages
+
+    if not isinstance(samples, FileImages):
+        return references
+    by_name = {_stem(item.id): item for item in references.items}
+    unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
+    if unmatched:
+        raise DataError(f"{unmatched[0]}: no reference of that name, nor for {len(unmatched) - 1:,} other samples; names must match")
+    return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
+
+
+def _check_pairs(subject: Subject, ref: str | None) -> None:
+    samples, references = subject.samples, subject.references
+    if references is None or samples is None:
+        raise DataError(f"{ref or '--ref'}: these metrics compare each sample with its original: give images with --ref")
+    if len(samples.ids) != len(references.ids):
+        raise DataError(f"{len(samples.ids):,} samples and {len(references.ids):,} references: there must be as many")
+    if samples.size != references.size:
+        raise DataError(f"samples of {samples.size} and references of {references.size} pixels a side can't be compared")
+
+
+def _evenly(dataset: Dataset, limit: int | None) -> Dataset:
+    n = len(dataset)
+    if limit is None or n <= limit:
+        return dataset
+    return type(dataset)([dataset.items[i * n // limit] for i in range(limit)], dataset.skipped)
+
+
+def _captions(dataset: Dataset) -> list[str]:
+    without = next((item.id for item in dataset.items if item.caption is None), None)
+    if without is not None:
+        raise DataError(f"{without}: has no caption to compare it with; give --captions FILE.jsonl")
+    return [item.caption or "" for item in dataset.items]
+
+
+def _captions_of_npz(samples: Images, captions: Path | None) -> list[str]:
+    """Of a captions.jsonl whose ids are positions, from 0."""
+    from texttok_cli.data import Dataset, Item
+    from texttok_cli.data.listings import with_captions
+
+    if captions is None:
+        raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
+    return _captions(Dataset(with_captions([Item(position, captions) for position in samples.ids], captions)))
+
+
+def _stem(image_id: str) -> str:
+    return PurePosixPath(image_id).with_suffix("").as_posix()
+
+
+def _names(sources: Sequence[str]) -> str:
+    """The last part of each path: a report names what was measured, not where it lay."""
+    return ", ".join(Path(source).name for source in sources)
