@@ -49,9 +49,11 @@ def main() -> None:
 
     pixels = 3 * side * side
     text = stored.caption_bytes
+    ratio, honest_ratio = pixels / stored.token_bytes, pixels / (stored.token_bytes + text)
     print(f"\n{stored.z.shape[1]} tokens of {stored.z.shape[2]} channels: {stored.token_bytes} bytes for {pixels:,} bytes of pixels")
-    print(f"compression {pixels / stored.token_bytes:.0f}x, or {pixels / (stored.token_bytes + text):.0f}x with the caption's {text} bytes")
-    print(f"PSNR {psnr(original, with_text).item():.2f} dB with text, {psnr(original, without_text).item():.2f} dB by the twin without text")
+    print(f"compression {ratio:.0f}x, or {honest_ratio:.0f}x with the caption's {text} bytes, which decoding needs too")
+    ours, theirs = psnr(original, with_text).item(), psnr(original, without_text).item()
+    print(f"PSNR {ours:.2f} dB with text, {theirs:.2f} dB by the twin without text")
     row = torch.cat([original, with_text, without_text], dim=3)[0].permute(1, 2, 0).numpy()
     Image.fromarray(row).resize((6 * side, 2 * side), Image.Resampling.NEAREST).save(out / "side-by-side.png")
     print(f"{out / 'side-by-side.png'}: original, with text, without")

@@ -12,6 +12,7 @@ from texttok_cli.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from texttok_cli.baselines import TinyAutoencoder
     from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
     from texttok_cli.metrics.sources import Images
@@ -30,7 +31,8 @@ class Subject:
     card: dict[str, Any]
     paired: bool
     given: Mapping[str, Gaussian] = field(default_factory=dict)
-    captions: Sequence[str] | None = None
+    captions: Sequence[str] | None = None  # what samples are compared with
+    texts: Sequence[str] | None = None  # what the model is conditioned on
     reconstruct: Callable[[Tensor, Sequence[int]], Tensor] | None = None
 
     @property
@@ -42,29 +44,33 @@ class Subject:
 
 
 def of_model(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | TinyAutoencoder,
+    size: int,
     data: Sequence[str] | None,
+    metrics: Sequence[str],
     *,
     limit: int | None,
     captions: Path | None,
     caption_field: str | None,
     no_caption: bool,
-    compare_captions: bool,
 ) -> Subject:
-    """Images of `data` (None: the sample set of the package), cropped by ADM's rule, and their reconstructions."""
+    """Images of `data` (None: the sample set of the package), cropped by ADM's rule to `size`, and their reconstructions."""
     from texttok_cli.data import open_dataset
     from texttok_cli.inference import PRETRAINED, texts_for
+    from texttok_cli.metrics.registry import uses_clip
     from texttok_cli.metrics.sources import FileImages
 
     dataset = _evenly(open_dataset(data or [PRETRAINED / SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
     condition = tokenizer.text_condition
+    if condition is None and captions is not None and not uses_clip(metrics):
+        raise DataError(f"{tokenizer.info.name}: takes no captions, and no metric reads them: leave out --captions")
     texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
     text = None if condition is None else "none (--no-caption)" if no_caption else f"{condition.source}: {caption_field or 'first caption'}"
     card = {
         "samples": tokenizer.info.name,
         "model_sha256": tokenizer.info.sha256,
         "reference": _names(data or [SAMPLE_SET]),
-        "uint8": "clamp(127.5 x + 128), rounds half up",
+        "uint8": "rounds half up",
         "text": text,
         "precision": tokenizer.precision,
     }
@@ -75,29 +81,29 @@ def of_model(
         chosen = None if texts is None else [texts[index] for index in indices]
         return tokenizer.decode(tokenizer.encode(images, chosen), chosen)
 
-    originals = FileImages(dataset, crop_to=tokenizer.cfg.image_size)
-    compared = _captions(dataset) if compare_captions else None
-    return Subject("reconstruction", None, originals, card, paired=True, captions=compared, reconstruct=reconstruct)
+    originals = FileImages(dataset, crop_to=size)
+    compared = _captions(dataset) if uses_clip(metrics) else None
+    return Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts, reconstruct=reconstruct)
 
 
-def of_samples(
-    samples: str, ref: str | None, *, paired: bool, captions: Path | None, caption_field: str | None, compare_captions: bool
-) -> Subject:
+def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None) -> Subject:
     """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
 
-    `paired`: each sample belongs to the reference of its name (its position, if either is an .npz).
+    If a metric compares pairs, each sample belongs to the reference of its name (of its position, if either is an .npz).
     """
     from texttok_cli.data import open_dataset
+    from texttok_cli.metrics.registry import uses_clip, uses_pairs
     from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
 
+    paired = uses_pairs(metrics)
     card = {"samples": _names([samples]), "reference": _names([ref]) if ref else None, "uint8": "as stored"}
     if samples.endswith(".npz"):
         found: Images = NpzImages(Path(samples))
-        texts = _captions_of_npz(found, captions) if compare_captions else None
+        texts = _captions_of_npz(found, captions) if uses_clip(metrics) else None
     else:
         dataset = open_dataset([samples], captions=captions, caption_field=caption_field)
         found = FileImages(dataset)
-        texts = _captions(dataset) if compare_captions else None
+        texts = _captions(dataset) if uses_clip(metrics) else None
     if texts is not None:
         card["text"] = f"compared with the samples: {captions.name if captions else caption_field or 'first caption'}"
     task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
@@ -121,7 +127,7 @@ def _matched(references: Dataset, samples: Images) -> Dataset:
     by_name = {_stem(item.id): item for item in references.items}
     unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
     if unmatched:
-        raise DataError(f"{unmatched[0]}: no reference of that name, nor for {len(unmatched) - 1:,} other samples; names must match")
+        raise DataError(f"{unmatched[0]}: no reference of that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
     return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
 
 

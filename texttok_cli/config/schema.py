@@ -257,6 +257,7 @@ class TrainConfig(Config):
     save_every: int = Field(5000, ge=1)
     val_every: int = Field(5000, ge=1)
     val_images: int = Field(512, ge=1)
+    val_rfid: bool = False  # also the rFID of those images, if the features' weights are found: of so few a number to watch, not to quote
     grid_images: int = Field(8, ge=0)  # validation images drawn beside their reconstructions at every validation
 
 

@@ -9,10 +9,11 @@ from texttok_cli import __version__
 from texttok_cli.checkpoint import load_tokenizer_file
 from texttok_cli.config.schema import Recipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
-from texttok_cli.errors import RecipeError
+from texttok_cli.errors import BackendError, RecipeError
 from texttok_cli.files import sha256_file
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
+from texttok_cli.metrics.inception import FidInception
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.conditioning import build_conditioners
 from texttok_cli.training.engine import Engine
@@ -40,6 +41,7 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
     engine.start_trackers()
     conditioners = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
     task = _task(recipe, engine, conditioners[0], offline)
+    inception = _inception(engine, report) if recipe.training.val_rfid and val_set is not None and engine.is_main else None
     loader = TrainLoader(
         train_set,
         image_size=recipe.model.image_size,
@@ -64,7 +66,7 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
         if grid:
             first = next(ordered(val_set, grid, grid))
             run.save_grid(step, first.images, task.reconstruct_uint8(conditioners[1], first))
-        return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images))
+        return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images), inception)
 
     steps = recipe.schedule.steps
     train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
@@ -75,6 +77,15 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
         task.export(run.model_path, _history(recipe))
     engine.finish()
     return run.model_path
+
+
+def _inception(engine: Engine, report: Reporter) -> FidInception | None:
+    """The features of rFID if their weights are here; a run does not fail for want of a number to watch."""
+    try:
+        return FidInception(offline=True).to(engine.device)
+    except BackendError as err:
+        report.message(f"validation without rFID: {err}")
+        return None
 
 
 def _history(recipe: Recipe) -> dict[str, str | int]:

@@ -15,7 +15,9 @@ from texttok_cli.checkpoint import save_tokenizer
 from texttok_cli.config.schema import Recipe, VQBottleneck
 from texttok_cli.data import normalize, to_uint8
 from texttok_cli.losses import adaptive_weight, l2
-from texttok_cli.metrics.image import psnr
+from texttok_cli.metrics.image import psnr, ssim
+from texttok_cli.metrics.inception import POOL_DIM, FidInception
+from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.bottleneck import code_usage
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.adversary import Adversary
@@ -93,7 +95,7 @@ class TokenizerTask:
         x = normalize(images.to(self.engine.device))
         output, latents = self.reconstruct(x, **self.condition(indices))
         real, fake = (x + 1) / 2, (output.float() + 1) / 2
-        losses = self._reconstruction_losses(real, fake, step) | latents.losses
+        losses: dict[str, Tensor] = self._reconstruction_losses(real, fake, step) | latents.losses
         adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
         if adversary is not None:
             gan = adversary.generator_loss(fake)
@@ -122,22 +124,33 @@ class TokenizerTask:
     # ------------------------------------------------------------------ looking at it
 
     @torch.no_grad()
-    def validate(self, condition: Conditioner, batches: Iterable[Any]) -> dict[str, float]:
-        """Of the EMA weights, means over images: PSNR in dB, perceptual distance where the recipe has one; for VQ its codes' use."""
-        values: dict[str, list[Tensor]] = {"val_psnr": [], "val_perceptual": []}
+    def validate(self, condition: Conditioner, batches: Iterable[Any], inception: FidInception | None = None) -> dict[str, float]:
+        """Of the EMA weights, means over images: PSNR in dB, SSIM, and the recipe's perceptual distance.
+
+        For VQ also its codes' use, with `inception` also the rFID of these images.
+        """
+        values: dict[str, list[Tensor]] = {"val_psnr": [], "val_ssim": [], "val_perceptual": []}
         codes: list[Tensor] = []
+        seen = (RunningGaussian(POOL_DIM), RunningGaussian(POOL_DIM))
         for batch in batches:
             x = normalize(batch.images.to(self.engine.device))
             output, latents = self._ema_reconstruct(x, condition(batch.indices.tolist()))
-            values["val_psnr"].append(psnr(batch.images, to_uint8(output).cpu()))
+            pixels = to_uint8(output).cpu()
+            values["val_psnr"].append(psnr(batch.images, pixels))
+            values["val_ssim"].append(ssim(batch.images, pixels))
             if self.perceptual is not None:
                 values["val_perceptual"].append(self.perceptual((x + 1) / 2, (output.clamp(-1, 1) + 1) / 2).cpu())
             if latents.codes is not None:
                 codes.append(latents.codes.cpu())
+            if inception is not None:
+                for running, images in zip(seen, (batch.images, pixels), strict=True):
+                    running.update(inception(images.to(self.engine.device)).pool)
         result = {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
         bottleneck = self.recipe.model.bottleneck
         if isinstance(bottleneck, VQBottleneck):
             result |= {f"val_{name}": value for name, value in code_usage(torch.cat(codes), bottleneck.codes).items()}
+        if inception is not None:
+            result["val_rfid"] = frechet_distance(*(running.gaussian() for running in seen))
         return result
 
     @torch.no_grad()

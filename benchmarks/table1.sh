@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains the grid of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: finished
+# runs are left alone, an unfinished one goes on.
+#
+#   TRAIN='[shards/train-{0000..1023}.tar]' VAL='[shards/val.tar]' benchmarks/table1.sh [key=value ...]
+#
+# LAUNCH starts each run (default: texttok); for 8 GPUs: LAUNCH='torchrun --nproc-per-node 8 -m texttok_cli'.
+# SIZES, TOKENS, KINDS narrow the grid; OUT is the folder of the runs (default runs/table1).
+set -euo pipefail
+: "${TRAIN:?name the training images, e.g. TRAIN='[shards/train-{0000..1023}.tar]'}"
+read -ra launch <<< "${LAUNCH:-texttok}"
+for size in ${SIZES:-256 512}; do
+  for tokens in ${TOKENS:-32 64 128 256}; do
+    for kind in ${KINDS:-texttok baseline}; do
+      run="${OUT:-runs/table1}/$kind-$tokens-$size"
+      if [ -f "$run/model.safetensors" ]; then
+        echo "$run: done" >&2
+        continue
+      fi
+      "${launch[@]}" train "tokenizer/$kind-$tokens-$size" "data.train=$TRAIN" "data.val=${VAL:-[]}" "$@" --out "$run"
+    done
+  done
+done

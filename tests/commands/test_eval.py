@@ -1,0 +1,291 @@
+"""`texttok eval` on the bundled sample set, on data, on samples; protocols, cards, comparisons, and several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from texttok_cli import inference
+from texttok_cli.commands import eval_subject
+from texttok_cli.errors import BackendError
+from texttok_cli.inference import load_tokenizer
+from texttok_cli.metrics import evaluator as evaluator_module
+from texttok_cli.metrics import evidence as evidence_module
+from texttok_cli.metrics.image import psnr, ssim
+from texttok_cli.metrics.inception import Features
+
+Draw = Callable[..., Path]
+Run = Callable[..., Any]
+DIM = 16  # in the place of 2048 and 2023
+
+
+class FakeInception(torch.nn.Module):
+    """Features that are linear in some pixels, of any size of image."""
+
+    sha256 = "0" * 64
+
+    def __init__(self, *, resize: str, head: bool, weights: object, offline: bool) -> None:
+        super().__init__()
+        self.matrix = torch.randn(192, DIM, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pool = images[:, :, :8, :8].float().flatten(1) @ self.matrix / 255
+        return Features(pool, pool, pool)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "FidInception", FakeInception)
+    for name in ("POOL_DIM", "SPATIAL_DIM"):
+        monkeypatch.setattr(evidence_module, name, DIM)
+
+
+@pytest.fixture
+def pictures(draw: Draw, tmp_path: Path) -> Path:
+    """Six pictures, not square, with captions."""
+    for seed in range(6):
+        path = draw(tmp_path / "pictures" / f"{seed}.png", seed, (48, 32))
+        path.with_suffix(".txt").write_text(f"a picture of number {seed}")
+    return tmp_path / "pictures"
+
+
+def numbers(outcome: Any) -> dict[str, float]:
+    assert outcome.code == 0, outcome.err
+    return {result["metric"]: result["value"] for result in json.loads(outcome.out)["results"]}
+
+
+# ------------------------------------------------------------------ a model
+
+
+def test_rfid_alone_measures_the_default_model_on_the_bundled_set(
+    texttok: Run, bundled: Path, fake: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = Path(eval_subject.__file__).parents[1] / "pretrained" / eval_subject.SAMPLE_SET
+    (bundled / shard.name).write_bytes(shard.read_bytes())
+    (bundled / f"{inference.DEFAULT_MODEL}.safetensors").write_bytes((bundled / "text.safetensors").read_bytes())
+    outcome = texttok("eval", "--metric", "rfid")
+    assert outcome.code == 0
+    assert "rfid" in outcome.out and "188" in outcome.out and "emoji128-val.tar" in outcome.out
+    assert "rfid: 188 samples and 188 references: covariances" in outcome.err
+
+
+def test_a_model_is_measured_without_files(texttok: Run, models: Path, pictures: Path, tmp_path: Path) -> None:
+    model = models / "text.safetensors"
+    report = tmp_path / "out/report.json"
+    found = numbers(texttok("eval", "--metric", "psnr,ssim", "-m", model, "--data", pictures, "-b", 4, "-o", report, "--json"))
+    tokenizer = load_tokenizer(model)
+    paths, captions = sorted(pictures.glob("*.png")), [f"a picture of number {i}" for i in range(6)]
+    originals = torch.stack([inference._as_batch(path, 32)[0] for path in paths])
+    again = tokenizer.decode(tokenizer.encode(originals, captions), captions)
+    assert found["psnr"] == pytest.approx(float(psnr(originals, again).mean()), rel=1e-5)
+    assert found["ssim"] == pytest.approx(float(ssim(originals, again).mean()), rel=1e-4)
+    card = json.loads(report.read_text())["results"][0]["card"]
+    assert card["samples"] == "text" and card["model_sha256"] == tokenizer.info.sha256
+    assert (card["n"], card["n_reference"], card["size"], card["task"]) == (6, 6, 32, "reconstruction")
+    assert card["crop"].startswith("ADM") and card["reference"] == "pictures" and card["text"] == "caption: first caption"
+    assert card["network"] is None and card["split"] is None
+    assert list(report.parent.iterdir()) == [report]
+
+
+def test_part_of_the_data_and_the_empty_condition(texttok: Run, models: Path, pictures: Path) -> None:
+    outcome = texttok(
+        "eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-n", 3, "--no-caption",
+        "--split", "val", "--note", "seed=3", "--json",
+    )  # fmt: skip
+    card = json.loads(outcome.out)["results"][0]["card"]
+    assert (card["n"], card["split"], card["seed"], card["text"]) == (3, "val", "3", "none (--no-caption)")
+
+
+def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, pictures: Path, fake: None) -> None:
+    options = ("eval", "--protocol", "recon", "--metric", "rfid,psnr", "-m", models / "plain.safetensors", "--json")
+    card = json.loads(texttok(*options, "--data", pictures).out)["results"][0]["card"]
+    assert (card["protocol"], card["split"], card["resize"]) == ("recon", "train", "tf1-bilinear")
+    assert json.loads(texttok(*options, "--data", pictures, "--split", "val").out)["results"][0]["card"]["split"] == "val"
+    assert "needs --data" in texttok(*options).err
+
+
+# ------------------------------------------------------------------ samples
+
+
+@pytest.fixture
+def samples(draw: Draw, tmp_path: Path) -> Path:
+    """Six square samples with the pictures' names."""
+    for seed in range(6):
+        draw(tmp_path / "samples" / f"{seed}.png", seed + 50)
+    return tmp_path / "samples"
+
+
+def test_samples_against_images_against_their_statistics_and_as_a_batch(
+    texttok: Run, samples: Path, pictures: Path, fake: None, tmp_path: Path
+) -> None:
+    """The same number whatever form samples and references have."""
+    options = ("--metric", "gfid,sfid", "--json")
+    expected = numbers(texttok("eval", *options, "--samples", samples, "--ref", pictures, "--save-samples", tmp_path / "s.npz"))
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (6, 32, 32, 3)
+    assert texttok("eval", "--samples", samples, "--save-stats", tmp_path / "stats.npz").code == 0
+    reverse = numbers(texttok("eval", *options, "--samples", pictures_of_size_32(pictures), "--ref", tmp_path / "stats.npz"))
+    assert reverse["gfid"] == pytest.approx(expected["gfid"], rel=1e-6)  # the distance is symmetric
+    batch = texttok("eval", *options, "--samples", tmp_path / "s.npz", "--ref", pictures)
+    assert numbers(batch) == pytest.approx(expected, rel=1e-9)
+    card = json.loads(batch.out)["results"][0]["card"]
+    assert (card["task"], card["samples"], card["uint8"]) == ("generation", "s.npz", "as stored")
+
+
+def pictures_of_size_32(pictures: Path) -> Path:
+    folder = pictures.with_name("cropped")
+    folder.mkdir()
+    for path in pictures.glob("*.png"):
+        from PIL import Image
+
+        from texttok_cli.data import center_crop
+
+        center_crop(Image.open(path), 32).save(folder / path.name)
+    return folder
+
+
+def test_adms_reference_gives_statistics_and_its_images_the_manifold(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    statistics = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(DIM), "sigma_s": np.eye(DIM)}
+    np.savez(tmp_path / "virtual.npz", images, **statistics)
+    outcome = texttok(
+        "eval", "--protocol", "adm-class", "--metric", "gfid,precision", "--samples", samples, "--ref", tmp_path / "virtual.npz", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    cards = {result["metric"]: result["card"] for result in json.loads(outcome.out)["results"]}
+    assert cards["gfid"]["n_reference"] is None and cards["precision"]["n_reference"] == 9
+    assert cards["gfid"]["labels"] == "equally many a class"
+
+
+def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) -> None:
+    found = numbers(texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures, "--json"))
+    one = numbers(texttok("eval", "--metric", "psnr", "--samples", samples / "0.png", "--ref", pictures, "--json"))
+    assert 0 < found["psnr"] != one["psnr"] > 0
+    (samples / "0.png").rename(samples / "other.png")
+    outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures)
+    assert outcome.code == 1 and "other.png: no reference of that name" in outcome.err
+
+
+def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
+    outcome = texttok("eval", "--metric", "psnr,ssim", "--samples", samples, "--ref", samples)
+    assert outcome.code == 0 and "not finite" in outcome.out and "some images equal their originals" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--metric", "fidd"), "fidd: no such metric; there are fid, rfid"),
+        (("--metric", "lpips"), "LPIPS has two networks"),
+        (("--metric", "fid", "--samples", "{samples}"), "fid: needs references"),
+        (("--metric", "psnr", "--samples", "{samples}"), "give images with --ref"),
+        (("--metric", "fid", "--ref", "{pictures}"), "--ref goes with --samples"),
+        (("--metric", "clip-score", "--samples", "{samples}", "--clip-weights", "none"), "0.png: has no caption"),
+        (("--metric", "fid", "--samples", "{pictures}", "--ref", "{samples}"), "is 48 x 32"),
+        (("--metric", "psnr", "--samples", "{samples}", "--ref", "{samples}", "--note", "colour=red"), "not KEY=VALUE with a key among"),
+        (("--protocol", "t2i", "--metric", "psnr", "--samples", "{samples}", "--ref", "{samples}"), "is about generation"),
+        (("--protocol", "recon", "--metric", "fid", "--samples", "{samples}", "--ref", "{samples}"), "is about reconstruction"),
+        (("--metric", "psnr", "--samples", "{samples}", "--ref", "{nothing}"), "no such file"),
+        (("--metric", "psnr,kid", "--samples", "{samples}", "--ref", "{samples}"), "kid: needs 1,000 samples or more"),
+        (("--metric", "is", "--samples", "{samples}", "--offline"), "InceptionV3 (FID) weights with the 1008-way head"),
+        (("--compare", "{nothing}"), "one report alone"),
+        (("--samples", "{samples}", "--ref", "{samples}", "-n", "3"), "--images is about what a model reconstructs"),
+        (("--protocol", "t2i", "--samples", "{samples}", "--ref", "{samples}", "--resize", "clean"), "resizes by tf1-bilinear"),
+        (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl", "--data", "{pictures}"), "no such file"),
+        (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--size", "64"), "plain takes images of 32 pixels only"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    options: tuple[str, ...],
+    what: str,
+    texttok: Run,
+    models: Path,
+    samples: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    places = {"samples": samples, "pictures": pictures, "nothing": tmp_path / "nothing", "models": models}
+    outcome = texttok("eval", *(option.format(**places) for option in options), "-q")
+    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.err.startswith("texttok: ") and what in outcome.err and outcome.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------ comparing
+
+
+def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path, pictures: Path, tmp_path: Path) -> None:
+    def measure(name: str, *options: object) -> Path:
+        out = tmp_path / f"{name}.json"
+        numbers(
+            texttok("eval", "--metric", "psnr", "-m", models / f"{name}.safetensors", "--data", pictures, "-o", out, "--json", *options)
+        )
+        return out
+
+    plain, text = measure("plain"), measure("text")
+    alike = texttok("eval", "--compare", plain, "--compare", text)
+    assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "unlike" not in alike.out + alike.err
+    other = measure("other", "-n", 4)
+    unlike = texttok("eval", "--compare", plain, "--compare", other)
+    assert unlike.code == 1 and "psnr (unlike)" in unlike.out and "psnr: unlike n: 6 | 4" in unlike.err
+    (row,) = json.loads(texttok("eval", "--compare", plain, "--compare", other, "--json").out)["rows"]
+    assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference"}
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def test_two_processes_find_what_one_does(models: Path, pictures: Path, tmp_path: Path) -> None:
+    command = ["eval", "--metric", "psnr,ssim", "-m", models / "text.safetensors", "--data", pictures, "-b", "2", "-q", "-o"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    found = []
+    for number, launcher in enumerate(([], launch)):
+        out = tmp_path / f"{number}.json"
+        arguments = [sys.executable, *launcher, "-m", "texttok_cli", *map(str, command), str(out)]
+        subprocess.run(arguments, check=True, env=environment, capture_output=True)
+        found.append(json.loads(out.read_text()))
+    for one, two in zip(found[0]["results"], found[1]["results"], strict=True):
+        assert one["value"] == pytest.approx(two["value"], rel=1e-6) and one["card"] == two["card"]
+
+
+def test_an_interrupted_run_goes_on(texttok: Run, models: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-b", 2, "--json", "-o")
+    whole = numbers(texttok(*options, tmp_path / "whole.json"))
+    decode, calls = inference.Tokenizer.decode, []
+
+    def stop(self: inference.Tokenizer, *args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise BackendError("the machine went away")
+        return decode(self, *args)
+
+    out, state = tmp_path / "report.json", tmp_path / ".report.json.state-0-of-1"
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.Tokenizer, "decode", stop)
+        assert texttok(*options, out).code == 1
+    assert state.exists() and not out.exists()
+    assert "is the state of another evaluation" in texttok(*options, out, "--no-caption").err
+    second = texttok(*options, out)
+    assert "going on from image 4" in second.err
+    assert numbers(second) == whole and out.exists() and not state.exists()
+
+
+def test_a_state_of_other_files_is_refused(
+    texttok: Run, models: Path, pictures: Path, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-b", 2, "-o", tmp_path / "report.json")
+    draw(pictures / "5.png", 5, part=0.5)
+    damaged = texttok(*options)
+    assert damaged.code == 1 and "5.png: damaged or cut short" in damaged.err and "mend or remove it" in damaged.err
+    draw(pictures / "5.png", 5)
+    assert "is the state of another evaluation" in texttok(*options).err

@@ -1,0 +1,90 @@
+"""CLIP scores of a small randomly initialised open_clip model against the formula, and how its weights are found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from texttok_cli.errors import BackendError
+from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer
+from texttok_cli.metrics.evaluator import Batch, Evaluator
+
+open_clip = pytest.importorskip("open_clip")
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+CAPTIONS = ["a red apple", "a photograph of two very small dogs on a long wooden table in the evening sun"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("clip")
+    import json
+
+    (folder / "tiny-clip.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    path = folder / "tiny.pt"
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(weights: Path) -> ClipScorer:
+    return ClipScorer("tiny-clip", str(weights), offline=True)
+
+
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def formula(weights: Path, prefix: str) -> torch.Tensor:
+    """cos(E_image(x), E_text(t)) with open_clip's own model, preprocessing and tokens."""
+    model, _, prepare = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
+    model.eval()
+    x = torch.stack([prepare(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images()])
+    text = model.encode_text(open_clip.get_tokenizer("tiny-clip")([prefix + caption for caption in CAPTIONS]))
+    return torch.nn.functional.cosine_similarity(model.encode_image(x), text)
+
+
+def test_both_scores_are_their_formulas(scorer: ClipScorer, weights: Path) -> None:
+    evaluator = Evaluator(["clip-score", "clipscore-hessel"], clip=scorer)
+    evaluator.update(Batch(torch.tensor([0, 1]), images(), None, CAPTIONS))
+    scores = evaluator.compute()
+    plain, prefixed = formula(weights, ""), formula(weights, HESSEL_PREFIX)
+    assert scores["clip-score"][0] == pytest.approx(100 * float(plain.mean()), rel=1e-4)
+    assert scores["clipscore-hessel"][0] == pytest.approx(2.5 * float(prefixed.clamp_min(0).mean()), rel=1e-4)
+    assert not torch.allclose(plain, prefixed, atol=1e-3)
+
+
+def test_a_score_below_zero_counts_as_it_is_or_as_zero(scorer: ClipScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "cosines", lambda *args, prefixes: torch.tensor([[0.5, 0.5], [-0.3, -0.3]]))
+    evaluator = Evaluator(["clip-score", "clipscore-hessel"], clip=scorer)
+    evaluator.update(Batch(torch.tensor([0, 1]), images(), None, CAPTIONS))
+    assert evaluator.compute()["clip-score"][0] == pytest.approx(10)
+    assert evaluator.compute()["clipscore-hessel"][0] == pytest.approx(0.625)
+
+
+def test_captions_that_do_not_fit_are_counted(weights: Path) -> None:
+    scorer = ClipScorer("tiny-clip", str(weights), offline=True)
+    eleven = " ".join(["dog"] * 10)  # with begin and end twelve tokens, which just fit
+    scorer.cosines(images()[:1].expand(4, -1, -1, -1), [*CAPTIONS, eleven, f"{eleven} dog"])
+    assert scorer.truncated == 2
+
+
+def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no such model"):
+        ClipScorer("no-clip", str(weights))
+    with pytest.raises(BackendError, match="neither a file nor a tag of tiny-clip"):
+        ClipScorer("tiny-clip", "openai")
+    with pytest.raises(BackendError, match=r"--offline: name a local file with --clip-weights"):
+        ClipScorer(offline=True)
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"something else")
+    with pytest.raises(BackendError, match=r"broken.pt: not weights of tiny-clip"):
+        ClipScorer("tiny-clip", str(broken))

@@ -1,0 +1,226 @@
+"""One pass for all metrics: the same numbers for any batch size, number of processes or interruption; the registry's names."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from texttok_cli import metrics
+from texttok_cli.assets import ASSETS, _in_package
+from texttok_cli.errors import DataError
+from texttok_cli.losses import build_perceptual
+from texttok_cli.metrics import evaluator as evaluator_module
+from texttok_cli.metrics import evidence as evidence_module
+from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
+from texttok_cli.metrics.image import psnr
+from texttok_cli.metrics.inception import Features
+from texttok_cli.metrics.processes import run_pass
+from texttok_cli.metrics.protocols import PROTOCOLS
+from texttok_cli.metrics.registry import METRICS, check_images, check_names
+from texttok_cli.metrics.sources import Images
+from texttok_cli.metrics.statistics import gaussian_of
+
+DIM = 32  # in the place of 2048 and 2023
+ALL = ["fid", "sfid", "kid", "is", "is-shuffled", "precision", "recall"]
+
+
+class FakeInception(torch.nn.Module):
+    """Features that are linear in the pixels, so that a test sees thousands of images in no time."""
+
+    sha256 = "0" * 64
+
+    def __init__(self, *, resize: str, head: bool, weights: object, offline: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.randn(48, dim, generator=generator) / 48**0.5 for dim in (DIM, DIM, 1008)]
+        self.seen = 0
+
+    def forward(self, images: torch.Tensor) -> Features:
+        self.seen += len(images)
+        x = images.float().flatten(1) / 255
+        return Features(*(x @ weight for weight in self.weights))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "FidInception", FakeInception)
+    for name in ("POOL_DIM", "SPATIAL_DIM"):
+        monkeypatch.setattr(evidence_module, name, DIM)
+
+
+class Drawn(Images):
+    """n images of 4 x 4 random pixels."""
+
+    crop, size = "as stored", 4
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.ids = [str(i) for i in range(n)]
+        self.pixels = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(indices), batch_size):
+            chosen = torch.tensor(indices[start : start + batch_size])
+            yield chosen, self.pixels[chosen]
+
+    def fingerprint(self) -> str:
+        return "drawn"
+
+
+def scores(work: Work, metrics: list[str], batch_size: int) -> dict[str, float]:
+    evaluator = Evaluator(metrics)
+    for batch in work.batches(batch_size):
+        evaluator.update(batch)
+    return {name: value for name, (value, _) in evaluator.compute().items()}
+
+
+@pytest.fixture
+def unpaired() -> Work:
+    return Work(Drawn(1100, 0), Drawn(1050, 1), paired=False)
+
+
+def test_batch_size_and_processes_do_not_matter(fake: None, unpaired: Work) -> None:
+    metrics = ["fid", "is", "is-shuffled", "precision", "recall"]
+    whole = scores(unpaired, metrics, 512)
+    assert all(math.isfinite(value) for value in whole.values()) and whole["fid"] > 0
+    parts = []
+    for rank in range(3):
+        part = Evaluator(metrics)
+        for batch in Work(unpaired.samples, unpaired.references, paired=False, rank=rank, size=3).batches(99):
+            part.update(batch)
+        parts.append(part)
+    parts[0].evidence.merge(parts[1].evidence)
+    parts[0].evidence.merge(parts[2].evidence)
+    merged = parts[0].compute()
+    assert parts[0].evidence.samples.n == 1100 and parts[0].evidence.references.n == 1050
+    for name, value in whole.items():
+        assert merged[name][0] == pytest.approx(value, rel=1e-6), name
+
+
+def test_every_image_goes_through_the_network_once(fake: None) -> None:
+    evaluator = Evaluator(ALL)
+    for batch in Work(Drawn(20, 0), Drawn(30, 1), paired=False).batches(8):
+        evaluator.update(batch)
+    assert isinstance(evaluator.inception, FakeInception) and evaluator.inception.seen == 50
+
+
+@pytest.mark.parametrize("n", [1, 7, 12])
+def test_processes_share_all_images_and_none_twice(n: int) -> None:
+    work = [Work(Drawn(n, 0), Drawn(5, 1), paired=False, rank=rank, size=4) for rank in range(4)]
+    samples = [i for part in work for batch in part.batches(2) if batch.samples is not None for i in batch.indices.tolist()]
+    references = [i for part in work for batch in part.batches(2) if batch.references is not None for i in batch.indices.tolist()]
+    assert sorted(samples) == list(range(n)) and sorted(references) == list(range(5))
+    assert sum(len(part) for part in work) == n + 5
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_an_interrupted_pass_goes_on(paired: bool, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    metrics = ["fid", "is", "precision", *(["psnr"] if paired else [])]
+    work = Work(Drawn(40, 0), Drawn(40, 1), paired=paired)
+    whole = scores(work, metrics, 8)
+    state, told = tmp_path / "state", []
+
+    def stop(batch: Batch) -> None:
+        told.append(len(batch))
+        if len(told) == 3:
+            raise Interrupted
+
+    def run(evaluator: Evaluator, identity: dict[str, object], on_batch: object) -> list[int]:
+        resumed: list[int] = []
+        run_pass(evaluator, work, batch_size=8, state=state, identity=identity, on_resume=resumed.append, on_batch=on_batch)  # type: ignore[arg-type]
+        return resumed
+
+    with pytest.raises(Interrupted):
+        run(Evaluator(metrics), {"of": ("a", 1)}, stop)
+    with pytest.raises(DataError, match="is the state of another evaluation"):
+        run(Evaluator(metrics), {"of": "b"}, lambda batch: None)
+    second = Evaluator(metrics)
+    assert run(second, {"of": ("a", 1)}, lambda batch: told.append(len(batch))) == [16]
+    assert sum(told) == len(work) + 8  # the third batch was seen, and not saved
+    for name, value in whole.items():
+        assert second.compute()[name][0] == pytest.approx(value, rel=1e-8), name
+
+
+def test_a_reconstruction_is_compared_with_its_original(fake: None) -> None:
+    originals = Drawn(9, 0)
+    work = Work(None, originals, paired=True, reconstruct=lambda images, indices: images // 2)
+    expected = float(psnr(originals.pixels, originals.pixels // 2).mean())
+    assert scores(work, ["psnr", "rfid"], 4)["psnr"] == pytest.approx(expected)
+
+
+def test_given_statistics_take_the_references_place(fake: None) -> None:
+    samples, references = Drawn(40, 0), Drawn(50, 1)
+    network = FakeInception(resize="", head=False, weights=None, offline=True)
+    given = {"pool": gaussian_of(network(references.pixels).pool)}
+    evaluator = Evaluator(["gfid"], given=given)
+    assert not evaluator.evidence.references.wants_images
+    for batch in Work(samples, None, paired=False).batches(16):
+        evaluator.update(batch)
+    whole = scores(Work(samples, references, paired=False), ["fid"], 16)
+    assert evaluator.compute()["gfid"][0] == pytest.approx(whole["fid"], rel=1e-8)
+
+
+def test_features_that_are_not_finite_are_refused(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator(["fid"])
+    bad = Features(torch.full((1, DIM), torch.nan), torch.zeros(1, DIM), None)
+    monkeypatch.setattr(evaluator.inception, "forward", lambda images: bad)
+    with pytest.raises(DataError, match="image number 8: its features are not finite"):
+        evaluator.update(Batch(torch.tensor([7]), Drawn(1, 0).pixels, None))
+
+
+def test_too_few_images_are_one_line(fake: None) -> None:
+    evaluator = Evaluator(["fid"])
+    evaluator.update(Batch(torch.tensor([0]), Drawn(1, 0).pixels, Drawn(1, 1).pixels))
+    with pytest.raises(DataError, match="fid: a covariance needs 2 images or more, not 1"):
+        evaluator.compute()
+
+
+def test_unknown_metrics_are_named() -> None:
+    with pytest.raises(DataError, match=r"fidd: no such metric; there are fid, rfid"):
+        check_names(["psnr", "fidd"])
+    with pytest.raises(DataError, match="LPIPS has two networks: lpips-alex or lpips-vgg"):
+        check_names(["lpips"])
+
+
+def test_too_few_or_too_small_images_are_told_before_the_pass() -> None:
+    check_images(["fid", "psnr"], n=2, n_reference=None, side=4)
+    for name, counts, what in (
+        ("kid", (1000, 999, 299), "kid: needs 1,000 references or more, and there are 999"),
+        ("fid", (1, 50, 299), "fid: needs 2 samples"),
+        ("is-shuffled", (9, 0, 299), "is-shuffled: needs 10 samples"),
+        ("recall", (9, 3, 299), "recall: needs 4 references"),
+        ("ssim-gaussian", (9, 9, 10), "needs images of 11 pixels a side or more, not 10"),
+        ("lpips-vgg", (9, 9, 31), "needs images of 32 pixels"),
+    ):
+        n, n_reference, side = counts
+        with pytest.raises(DataError, match=what):
+            check_images([name], n=n, n_reference=n_reference, side=side)
+
+
+def test_the_protocols_name_metrics_that_fit() -> None:
+    for protocol in PROTOCOLS.values():
+        for name in protocol.metrics:
+            assert not (METRICS[name].reconstruction and protocol.task == "generation"), name
+
+
+@pytest.mark.parametrize("name", ["stlpips-alex", "stlpips-vgg"])
+def test_perceptual_distances_are_of_images_in_0_to_1(name: str) -> None:
+    if _in_package(ASSETS[name]) is None:
+        pytest.skip("stlpips-pytorch is not installed")
+    x, y = (torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    evaluator = Evaluator([name], offline=True)
+    evaluator.update(Batch(torch.arange(2), y[:2], x[:2]))
+    evaluator.update(Batch(torch.arange(2, 3), y[2:], x[2:]))
+    expected = build_perceptual(name, offline=True)(x / 255, y / 255).mean()  # type: ignore[arg-type]
+    assert evaluator.compute()[name][0] == pytest.approx(float(expected), rel=1e-5)
+    assert evaluator.networks == {name: (name, ASSETS[name].sha256)}
+
+
+def test_the_library_names_what_it_has() -> None:
+    assert set(metrics.__all__) == set(metrics._HOMES) and all(getattr(metrics, name) is not None for name in metrics.__all__)

@@ -1,0 +1,88 @@
+"""Reports: what is written, what is warned of, and which cards can't be compared."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from texttok_cli.errors import DataError
+from texttok_cli.metrics.report import MUST_AGREE, Card, Report, compare, load_report, make_result, save_report, versions
+
+BASE = {
+    "rule": "a rule",
+    "protocol": None,
+    "task": "reconstruction",
+    "samples": "model-a",
+    "model_sha256": "a" * 64,
+    "reference": "photos",
+    "split": "val",
+    "size": 128,
+    "crop": "ADM",
+    "uint8": "rounds",
+    "resize": "tf1-bilinear",
+    "network": "inception",
+    "network_sha256": "b" * 64,
+    "n": 188,
+    "n_reference": 188,
+    "text": None,
+    "captions_truncated": None,
+    "labels": None,
+    "seed": None,
+    "sampler": None,
+    "steps": None,
+    "guidance": None,
+    "precision": "fp32",
+}
+
+
+def report(value: float = 1.5, *, enough: int = 2, **changes: object) -> Report:
+    card = Card.model_validate({**BASE, "versions": versions(), **changes})
+    return Report(results=[make_result("rfid", value, None, card, enough=enough, why="too few")])
+
+
+def test_a_report_comes_back(tmp_path: Path) -> None:
+    save_report(tmp_path / "a.json", report())
+    assert load_report(tmp_path / "a.json") == report()
+    assert load_report(tmp_path / "a.json").results[0].card.versions.keys() == {"texttok", "python", "torch", "numpy", "pillow"}
+
+
+def test_small_sets_are_warned_of() -> None:
+    assert report(enough=188).results[0].warnings == []
+    assert report(enough=189).results[0].warnings == ["188 samples and 188 references: too few"]
+    assert report(enough=189, n=500, n_reference=None).results[0].warnings == []
+
+
+def test_what_is_not_finite_is_no_number(tmp_path: Path) -> None:
+    save_report(tmp_path / "a.json", report(math.inf))
+    text = (tmp_path / "a.json").read_text()
+    assert "Infinity" not in text and json.loads(text)["results"][0]["value"] is None
+    assert load_report(tmp_path / "a.json").results[0].warnings == ["not finite: some images equal their originals"]
+
+
+def test_reports_of_another_model_are_alike() -> None:
+    (row,) = compare([report(), report(2.5, samples="model-b", model_sha256="c" * 64, precision="bf16", steps="50")])
+    assert [result.value for result in row.results if result] == [1.5, 2.5]
+    assert row.unlike == {}
+
+
+@pytest.mark.parametrize("field", MUST_AGREE)
+def test_every_other_field_must_agree(field: str) -> None:
+    other = {"task": "generation"}.get(field, 7 if isinstance(BASE[field], int) else "other")
+    (row,) = compare([report(), report(**{field: other})])
+    assert row.unlike == {field: [BASE[field], other]}
+
+
+def test_a_metric_that_one_report_lacks() -> None:
+    (row,) = compare([report(), Report(results=[])])
+    assert row.results[1] is None and row.unlike == {}
+
+
+@pytest.mark.parametrize(("content", "what"), [("[]", "not a report"), ("{}", "another kind of file"), ("{", "not a report")])
+def test_other_files_are_one_line(content: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=what):
+        load_report(path)
+    with pytest.raises(DataError, match=r"b\.json: No such file"):
+        load_report(tmp_path / "b.json")

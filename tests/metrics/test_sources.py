@@ -1,0 +1,115 @@
+"""Where images come from: files as they are or cropped, ADM's .npz batches and statistics."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from texttok_cli.data import open_dataset
+from texttok_cli.errors import DataError
+from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, read_npz_reference, write_statistics
+from texttok_cli.metrics.statistics import gaussian_of
+
+Draw = Callable[..., Path]
+
+
+def batch(n: int = 5, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_adm_batch_is_read_in_parts(save: Callable[..., None], tmp_path: Path) -> None:
+    save(tmp_path / "samples.npz", batch())
+    found = NpzImages(tmp_path / "samples.npz")
+    assert (found.size, found.ids) == (8, ["0", "1", "2", "3", "4"])
+    parts = list(found.batches([1, 3, 4], 2))
+    assert [indices.tolist() for indices, _ in parts] == [[1, 3], [4]]
+    expected = torch.from_numpy(batch()).permute(0, 3, 1, 2)
+    assert torch.equal(torch.cat([images for _, images in parts]), expected[[1, 3, 4]])
+
+
+def test_a_written_batch_is_numpys(tmp_path: Path) -> None:
+    images = torch.from_numpy(batch()).permute(0, 3, 1, 2)
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        writer = NpzWriter(archive, 5, 8)
+        writer.add(images[:2])
+        writer.add(images[2:])
+        writer.close()
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], batch())
+
+
+@pytest.mark.parametrize("array", [batch().astype(np.float32), batch()[..., :1], batch()[:, :4], np.asfortranarray(batch())])
+def test_other_arrays_are_refused(array: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", array)
+    with pytest.raises(DataError, match=r"not uint8 \(n, S, S, 3\)"):
+        NpzImages(tmp_path / "samples.npz")
+
+
+def test_a_damaged_batch_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "samples.npz"
+    np.savez(path, batch())
+    path.write_bytes(path.read_bytes()[:300])
+    for read in (NpzImages, read_npz_reference):
+        with pytest.raises(DataError, match=r"samples\.npz") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="holds neither statistics"):
+        np.savez(path, other=batch())
+        read_npz_reference(path)
+
+
+def test_statistics_come_back_and_pickles_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    found = {kind: gaussian_of(torch.randn(9, 4)) for kind in ("pool", "spatial")}
+    write_statistics(path, found)
+    with np.load(path) as file:
+        assert set(file) == {"mu", "sigma", "mu_s", "sigma_s", "n"}
+    again = read_npz_reference(path)
+    assert again.images is None
+    for kind, gaussian in found.items():
+        assert torch.equal(again.given[kind].mean, gaussian.mean) and torch.equal(again.given[kind].covariance, gaussian.covariance)
+        assert again.given[kind].n == 9
+    np.savez(path, mu=np.array([print]), sigma=np.eye(1))
+    with pytest.raises(DataError, match="of statistics or images"):
+        read_npz_reference(path)
+
+
+def test_statistics_that_can_not_be_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    for mean, covariance, what in ((np.zeros(3), np.eye(2), "don't belong"), (np.full(2, np.nan), np.eye(2), "not finite")):
+        np.savez(path, mu=mean, sigma=covariance)
+        with pytest.raises(DataError, match=what):
+            read_npz_reference(path)
+
+
+def test_samples_are_taken_as_they_are_and_originals_cropped(draw: Draw, tmp_path: Path) -> None:
+    for seed in range(2):
+        draw(tmp_path / f"{seed}.png", seed)
+    found = FileImages(open_dataset([tmp_path]))
+    assert (found.size, found.crop) == (32, "as stored")
+    assert [images.shape for _, images in found.batches([0, 1], 8)] == [(2, 3, 32, 32)]
+    draw(tmp_path / "2.png", 2, (48, 32))
+    with pytest.raises(DataError, match=r"2\.png: is 48 x 32"):
+        list(FileImages(open_dataset([tmp_path])).batches([0, 1, 2], 8))
+    cropped = FileImages(open_dataset([tmp_path]), crop_to=16)
+    assert [images.shape for _, images in cropped.batches([0, 1, 2], 8)] == [(3, 3, 16, 16)]
+    assert "16" in cropped.crop
+
+
+def test_an_evaluation_is_of_all_images_or_of_none(draw: Draw, tmp_path: Path) -> None:
+    draw(tmp_path / "0.png")
+    draw(tmp_path / "1.png", 1, part=0.5)
+    with pytest.raises(DataError, match=r"1\.png.*mend or remove"):
+        list(FileImages(open_dataset([tmp_path])).batches([0, 1], 8))
+
+
+def test_a_fingerprint_changes_with_the_images(draw: Draw, tmp_path: Path) -> None:
+    draw(tmp_path / "0.png")
+    before = FileImages(open_dataset([tmp_path])).fingerprint()
+    assert FileImages(open_dataset([tmp_path])).fingerprint() == before
+    assert FileImages(open_dataset([tmp_path]), crop_to=16).fingerprint() != before
+    draw(tmp_path / "0.png", 5)
+    assert FileImages(open_dataset([tmp_path])).fingerprint() != before

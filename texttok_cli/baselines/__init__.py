@@ -1,0 +1,31 @@
+"""Other people's tokenizers, measured as ours are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from texttok_cli.baselines.taesd import TinyAutoencoder
+from texttok_cli.errors import CheckpointError
+
+__all__ = ["BASELINES", "TinyAutoencoder", "load_baseline"]
+
+PREFIX = "baseline:"
+# Where the weights are published, by name; one network reads them all.
+BASELINES = {
+    "taesd": "madebyollin/taesd",
+    "taesdxl": "madebyollin/taesdxl",
+    "taesd3": "madebyollin/taesd3",
+    "taef1": "madebyollin/taef1",
+}
+
+
+def load_baseline(model: str, *, device: torch.device | str = "cpu") -> TinyAutoencoder:
+    """Of `baseline:NAME=FILE`, where FILE is a .safetensors with diffusers' names. CheckpointError says what is wrong."""
+    name, _, path = model.removeprefix(PREFIX).partition("=")
+    if name not in BASELINES:
+        raise CheckpointError(f"{model}: no such baseline; there are {', '.join(PREFIX + known for known in BASELINES)}")
+    if not path:
+        raise CheckpointError(f"{model}: name its weights, {PREFIX}{name}=FILE.safetensors (published as {BASELINES[name]} on the hub)")
+    return TinyAutoencoder(name, Path(path), device=device)

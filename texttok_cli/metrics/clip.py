@@ -1,0 +1,88 @@
+"""How well an image fits its text, by CLIP (Radford et al., 2021) through open_clip.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from texttok_cli.errors import BackendError
+from texttok_cli.files import sha256_file
+
+DEFAULT_NAME, DEFAULT_WEIGHTS = "ViT-B-32-quickgelu", "openai"  # the network CLIPScore was published with
+HESSEL_PREFIX = "A photo depicts "  # CLIPScore (Hessel et al., 2021) puts it before every caption
+
+
+class ClipScorer:
+    """A frozen CLIP; `truncated` counts the captions it could not read to their end (77 tokens in the published ones).
+
+    `weights` is a local file, or one of open_clip's tags, which is downloaded. Raises BackendError if they are not to be had.
+    """
+
+    def __init__(
+        self,
+        name: str = DEFAULT_NAME,
+        weights: str = DEFAULT_WEIGHTS,
+        *,
+        device: torch.device | str = "cpu",
+        offline: bool = False,
+    ) -> None:
+        import open_clip
+
+        if name not in open_clip.list_models():
+            raise BackendError(f"--clip {name}: open_clip has no such model")
+        path = _weights(name, weights, offline=offline)
+        try:
+            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device)
+        except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
+            raise BackendError(f"{path}: not weights of {name} ({type(err).__name__})") from err
+        self.model.requires_grad_(False).eval()
+        self.tokenize: Any = open_clip.get_tokenizer(name)
+        self.name, self.sha256, self.device, self.truncated = name, sha256_file(path), torch.device(device), 0
+
+    @torch.no_grad()
+    def cosines(self, images: Tensor, captions: Sequence[str], *, prefixes: Sequence[str] = ("",)) -> Tensor:
+        """Cosine of each uint8 image (B, 3, H, W) and its caption with each prefix before it, (B, len(prefixes)) float32."""
+        pixels = torch.stack([self.prepare(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in images])
+        with torch.autocast(self.device.type, enabled=False):
+            image_codes = self.model.encode_image(pixels.to(self.device), normalize=True)  # (B, C)
+            cosines = [(image_codes * self._text_codes([prefix + text for text in captions])).sum(dim=1) for prefix in prefixes]
+        self.truncated += sum(self._overflows(prefixes[0] + text) for text in captions)
+        return torch.stack(cosines, dim=1).float().cpu()
+
+    def _text_codes(self, texts: list[str]) -> Tensor:
+        codes: Tensor = self.model.encode_text(self.tokenize(texts).to(self.device), normalize=True)
+        return codes
+
+    def _overflows(self, text: str) -> bool:
+        """Whether the text has more tokens than CLIP reads: with room for one more, that is taken."""
+        room = self.tokenize.context_length + 1
+        return bool(self.tokenize([text], context_length=room)[0, -1] != 0)
+
+
+def _weights(name: str, weights: str, *, offline: bool) -> Path:
+    if Path(weights).is_file():
+        return Path(weights)
+    import open_clip
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+
+    config = get_pretrained_cfg(name, weights)
+    if not config:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise BackendError(f"--clip-weights {weights}: neither a file nor a tag of {name} (tags: {tags})")
+    if offline:
+        raise BackendError(f"CLIP weights {name}/{weights}: not downloaded with --offline: name a local file with --clip-weights FILE")
+    try:
+        return Path(download_pretrained(config))
+    except (OSError, RuntimeError, ValueError) as err:  # no network, refused, a wrong hash
+        reason = type(err).__name__
+        raise BackendError(
+            f"CLIP weights {name}/{weights}: could not be downloaded ({reason}): give a local file, --clip-weights FILE"
+        ) from None

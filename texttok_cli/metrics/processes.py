@@ -1,0 +1,88 @@
+"""One process of an evaluation, alone or one of those that `accelerate launch` or torchrun started."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from texttok_cli.errors import DataError
+from texttok_cli.files import load_safetensors, save_safetensors
+from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
+
+SAVE_EVERY = 60.0  # seconds between saved states
+
+
+class Processes:
+    """Which process this is, and what they tell each other. The launcher says it in the environment."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def device(self) -> str | None:
+        """This process's own GPU, where there is one for each."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.size > 1 and torch.cuda.is_available() else None
+
+    def merge(self, evaluator: Evaluator) -> int:
+        """Bring what all processes found into the first one's evaluator. Returns there how many captions CLIP cut off, of all."""
+        truncated = 0 if evaluator.clip is None else evaluator.clip.truncated
+        if self.size == 1:
+            return truncated
+        # What was found is on the CPU, wherever it was computed; the first to be done waits for the last.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object((evaluator.evidence, truncated), found)
+        dist.destroy_process_group()
+        for evidence, count in (found or [])[1:]:
+            evaluator.evidence.merge(evidence)
+            truncated += count
+        return truncated
+
+
+def run_pass(
+    evaluator: Evaluator,
+    work: Work,
+    *,
+    batch_size: int,
+    state: Path | None,
+    identity: Mapping[str, Any],
+    on_resume: Callable[[int], None],
+    on_batch: Callable[[Batch], None],
+) -> None:
+    """See all of the work; with a `state` file go on from it, and save to it from time to time.
+
+    `on_resume` learns how many images were seen before. A state of another evaluation (its `identity` differs) is DataError:
+    it may hold hours of somebody's work.
+    """
+    identity = json.loads(json.dumps(identity))  # as it is read again
+    done = 0
+    if state is not None and state.exists():
+        done = _restore(evaluator, state, identity)
+        on_resume(done)
+    saved = time.monotonic()
+    for batch in work.batches(batch_size, start=done):
+        evaluator.update(batch)
+        done += len(batch)
+        on_batch(batch)
+        if state is not None and time.monotonic() - saved > SAVE_EVERY:
+            header = {"identity": identity, "done": done, "truncated": 0 if evaluator.clip is None else evaluator.clip.truncated}
+            save_safetensors(state, evaluator.evidence.state(), header)
+            saved = time.monotonic()
+
+
+def _restore(evaluator: Evaluator, state: Path, identity: Mapping[str, Any]) -> int:
+    header, tensors = load_safetensors(state, error=DataError)
+    if header.get("identity") != identity:
+        raise DataError(f"{state}: is the state of another evaluation; remove it to start anew, or give this one another -o OUT")
+    evaluator.evidence.load(tensors)
+    if evaluator.clip is not None:
+        evaluator.clip.truncated = header["truncated"]
+    return int(header["done"])

@@ -1,0 +1,33 @@
+"""The paper's three evaluations by name: what each fixes. Free of torch, for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ProtocolName = Literal["recon", "adm-class", "t2i"]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What is measured, of which split, on how many images, and how labels are drawn."""
+
+    metrics: tuple[str, ...]
+    task: Literal["reconstruction", "generation"]
+    split: str
+    labels: str | None
+    images: int = 50_000
+    resize: Literal["tf1-bilinear"] = "tf1-bilinear"  # ADM's suite, which all of the paper's FIDs are of [I]
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    # Sec. 4.1: 50K samples of the *training* set against their reconstructions; others take the validation set.
+    "recon": Protocol(("rfid", "ris", "psnr", "ssim", "lpips-vgg"), "reconstruction", "train", None),
+    # Sec. 4.1: ADM's suite; the reference is VIRTUAL_imagenet{256_labeled,512}.npz. The paper does not say how labels are
+    # drawn: equally many of each class, as most do since, is [I].
+    "adm-class": Protocol(
+        ("gfid", "sfid", "gis", "precision", "recall"), "generation", "train (ADM's VIRTUAL batch)", "equally many a class"
+    ),
+    # Sec. 4.5: generated from the validation set's captions, against all of that set.
+    "t2i": Protocol(("fid", "clip-score"), "generation", "val", "captions of the references' split"),
+}

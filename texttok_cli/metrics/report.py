@@ -1,0 +1,146 @@
+"""The report: every number with its protocol card, and the comparison of reports, which says where cards are unlike."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from texttok_cli import __version__
+from texttok_cli.config.schema import Config
+from texttok_cli.errors import DataError
+from texttok_cli.files import parse_header, write_json
+
+FORMAT = 1
+PACKAGES = ("torch", "numpy", "pillow")
+# What must be equal for two numbers to be compared; the rest is what a comparison is about (model, sampler, steps, ...).
+MUST_AGREE = (
+    "rule",
+    "task",
+    "reference",
+    "split",
+    "size",
+    "crop",
+    "uint8",
+    "resize",
+    "network",
+    "network_sha256",
+    "n",
+    "n_reference",
+    "labels",
+)
+
+
+class Card(Config):
+    """How a number came about. None: does not apply, or what made the samples did not say."""
+
+    rule: str  # the metric's exact definition
+    protocol: str | None
+    task: Literal["reconstruction", "generation"]
+    samples: str  # a model's name, or the name of what holds the samples
+    model_sha256: str | None
+    reference: str | None  # name of what holds the references
+    split: str | None
+    size: int  # side of the samples in pixels
+    crop: str | None  # of the references
+    uint8: str
+    resize: str | None  # to the feature network's 299 pixels
+    network: str | None
+    network_sha256: str | None
+    n: int
+    n_reference: int | None
+    text: str | None  # what conditioned the model, or was compared with the samples
+    captions_truncated: int | None  # by CLIP
+    labels: str | None
+    seed: str | None
+    sampler: str | None
+    steps: str | None
+    guidance: str | None
+    precision: str | None  # of the model; the networks that measure compute in float32
+    versions: dict[str, str]
+
+
+class Result(Config):
+    """One number. `value` is None where it is not finite; a warning says why."""
+
+    metric: str
+    value: float | None = Field(allow_inf_nan=False)
+    spread: float | None = Field(None, allow_inf_nan=False)
+    card: Card
+    warnings: list[str] = Field(default_factory=list)
+
+
+class Report(Config):
+    """The numbers of one evaluation."""
+
+    texttok_report: int = FORMAT
+    results: list[Result]
+
+    @property
+    def name(self) -> str:
+        """Whose numbers these are."""
+        return self.results[0].card.samples if self.results else "(empty)"
+
+
+def make_result(metric: str, value: float, spread: float | None, card: Card, *, enough: int, why: str) -> Result:
+    """A number with the warnings it needs: too few images, or not finite."""
+    warnings = []
+    sets = {"samples": card.n, "references": card.n_reference}
+    small = [f"{n:,} {what}" for what, n in sets.items() if n is not None and n < enough]
+    if small:
+        warnings.append(f"{' and '.join(small)}: {why}")
+    if not math.isfinite(value):
+        warnings.append("not finite: some images equal their originals" if value == math.inf else "not finite")
+    return Result(metric=metric, value=value if math.isfinite(value) else None, spread=spread, warnings=warnings, card=card)
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers."""
+    return {"texttok": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def save_report(path: Path, report: Report) -> None:
+    """Write it as JSON, atomically."""
+    write_json(path, report.model_dump(mode="json"))
+
+
+def load_report(path: Path) -> Report:
+    """A report, checked. DataError names what is wrong."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    except OSError as err:
+        raise DataError(f"{path}: {err.strerror}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a report (no JSON object)")
+    return parse_header(value, Report, key="texttok_report", version=FORMAT, path=path, error=DataError)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A metric in every report (None: not in it), and in which fields their cards are unlike: name -> the values, in order."""
+
+    metric: str
+    results: list[Result | None]
+    unlike: Mapping[str, list[object]]
+
+
+def compare(reports: Sequence[Report]) -> list[Row]:
+    """The reports side by side, by metric."""
+    by_name = [{result.metric: result for result in report.results} for report in reports]
+    metrics = list(dict.fromkeys(name for found in by_name for name in found))
+    return [_row(metric, [found.get(metric) for found in by_name]) for metric in metrics]
+
+
+def _row(metric: str, results: list[Result | None]) -> Row:
+    cards = [result.card for result in results if result is not None]
+    values: dict[str, list[object]] = {name: [getattr(card, name) for card in cards] for name in MUST_AGREE}
+    return Row(metric, results, {name: found for name, found in values.items() if any(value != found[0] for value in found)})

@@ -1,0 +1,200 @@
+"""Where evaluated images come from: files and shards, or the .npz batches and statistics of ADM's evaluator.
+
+Letters: n images, B batch, S image side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from texttok_cli.data import Dataset, eval_batches, load_image
+from texttok_cli.errors import DataError
+from texttok_cli.files import atomic_path
+from texttok_cli.metrics.statistics import Gaussian
+
+KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM's VIRTUAL_imagenet*.npz
+NUMPY_DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
+
+
+class Images(ABC):
+    """Images in a fixed order, all S x S; `crop` says how they became so."""
+
+    size: int
+    crop: str
+    ids: list[str]
+
+    @abstractmethod
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images with these indices, in this order: indices (B,) int64 and uint8 (B, 3, S, S). DataError for one that can't be read."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that changes if other images stand there; the pixels are not read for it."""
+
+
+class FileImages(Images):
+    """Images of a dataset, by default as they are stored: all square and of one size. With `crop_to` by ADM's rule to that size.
+
+    Raises DataError for a dataset with entries that can't be read; an evaluation is of all images or of none.
+    """
+
+    def __init__(self, dataset: Dataset, *, crop_to: int | None = None) -> None:
+        if dataset.skipped:
+            raise DataError(f"{dataset.skipped[0].id}: {dataset.skipped[0].reason}; an evaluation needs every image: mend or remove it")
+        self.dataset, self.stored = dataset, crop_to is None
+        self.ids = [item.id for item in dataset.items]
+        first = load_image(dataset.read(0), name=self.ids[0])
+        self.size = min(first.size) if crop_to is None else crop_to
+        self.crop = "as stored" if crop_to is None else f"ADM: BOX halving, BICUBIC, centre {crop_to}"
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Images`."""
+        for batch in eval_batches(self.dataset, image_size=self.size, batch_size=batch_size, on_error=_refuse, indices=indices):
+            if self.stored:
+                self._check_sizes(batch.indices, batch.sizes)
+            yield batch.indices, batch.images
+
+    def fingerprint(self) -> str:
+        """See `Images`."""
+        places = [(item.id, str(item.path), item.offset, item.size) for item in self.dataset.items]
+        return _digest([self.crop, places], {item.path for item in self.dataset.items})
+
+    def _check_sizes(self, indices: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+        for index, (width, height) in zip(indices.tolist(), sizes, strict=True):
+            if (width, height) != (self.size, self.size):
+                raise DataError(
+                    f"{self.ids[index]}: is {width} x {height}, and {self.ids[0]} makes {self.size} x {self.size} the size of all;"
+                    " samples are measured as they are, so store them square and of one size"
+                )
+
+
+class NpzImages(Images):
+    """`arr_0` (n, S, S, 3) uint8 of an .npz, read block by block: the whole array may be larger than memory.
+
+    Raises DataError for a file that holds no such array.
+    """
+
+    crop = "as stored"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                shape, fortran, dtype = _array_header(file)
+        except NUMPY_DAMAGED as err:
+            raise DataError(f"{path}: no image batch (arr_0) can be read from it ({err})") from None
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise DataError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, S, S, 3)")
+        self.size = shape[1]
+        self.ids = [str(number) for number in range(shape[0])]
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Images`; the indices must ascend."""
+        bytes_each = 3 * self.size**2
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                _array_header(file)
+                begin = file.tell()
+                for start in range(0, len(indices), batch_size):
+                    chosen = list(indices[start : start + batch_size])
+                    images = np.stack([self._one(file, begin + index * bytes_each) for index in chosen])
+                    yield torch.tensor(chosen), torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        except NUMPY_DAMAGED as err:
+            raise DataError(f"{self.path}: damaged or cut short ({err})") from None
+
+    def fingerprint(self) -> str:
+        """See `Images`."""
+        return _digest([], {self.path})
+
+    def _one(self, file: IO[bytes], at: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        file.seek(at)
+        data = file.read(3 * self.size**2)
+        return np.frombuffer(data, np.uint8).reshape(self.size, self.size, 3)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a file by kind of features, and the images in it, if any."""
+
+    given: Mapping[str, Gaussian]
+    images: NpzImages | None
+
+
+def read_npz_reference(path: Path) -> Reference:
+    """An .npz of `mu` and `sigma` (and `mu_s`, `sigma_s`), of images (`arr_0`), or of both, as ADM's VIRTUAL files.
+
+    Raises DataError for one that holds neither, or statistics that are damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            given = {
+                kind: _gaussian(path, file[mu], file[sigma], int(file["n"]) if "n" in file else None)
+                for kind, (mu, sigma) in KEYS.items()
+                if mu in file and sigma in file
+            }
+            has_images = "arr_0" in file
+    except NUMPY_DAMAGED as err:
+        raise DataError(f"{path}: not an .npz of statistics or images ({' '.join(str(err).split())})") from None
+    if not given and not has_images:
+        raise DataError(f"{path}: holds neither statistics (mu, sigma) nor images (arr_0)")
+    return Reference(given, NpzImages(path) if has_images else None)
+
+
+def write_statistics(path: Path, found: Mapping[str, Gaussian]) -> None:
+    """Write an .npz of statistics as ADM's evaluator reads it, and `n`, atomically."""
+    arrays: dict[str, Any] = {}
+    for kind, gaussian in found.items():
+        mu, sigma = KEYS[kind]
+        arrays |= {mu: gaussian.mean.numpy(), sigma: gaussian.covariance.numpy(), "n": np.array(gaussian.n)}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+class NpzWriter:
+    """Write `arr_0` (n, S, S, 3) uint8 of an .npz batch by batch, in order; ADM's evaluator reads it."""
+
+    def __init__(self, archive: zipfile.ZipFile, n: int, size: int) -> None:
+        self._file = archive.open("arr_0.npy", "w", force_zip64=True)
+        np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
+
+    def add(self, images: Tensor) -> None:
+        """Images uint8 (B, 3, S, S)."""
+        self._file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+    def close(self) -> None:
+        """The last image is written."""
+        self._file.close()
+
+
+def _digest(parts: Sequence[object], files: set[Path]) -> str:
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return hashlib.sha256(repr([*parts, stamps]).encode()).hexdigest()
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _gaussian(path: Path, mean: Any, covariance: Any, n: int | None) -> Gaussian:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape} don't belong together")
+    gaussian = Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), n)
+    if not (gaussian.mean.isfinite().all() and gaussian.covariance.isfinite().all()):
+        raise DataError(f"{path}: its statistics are not finite")
+    return gaussian
+
+
+def _refuse(image_id: str, reason: str) -> NoReturn:
+    raise DataError(f"{image_id}: {reason}; an evaluation needs every image: mend or remove it")
