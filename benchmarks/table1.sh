@@ -2,12 +2,12 @@
 # Trains the grid of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: finished
 # runs are left alone, an unfinished one goes on.
 #
-#   TRAIN='[shards/train-{0000..1023}.tar]' VAL='[shards/val.tar]' benchmarks/table1.sh [key=value ...]
+#   TRAIN='shards/train-{0000..1023}.tar' VAL=shards/val.tar benchmarks/table1.sh [key=value ...]
 #
 # LAUNCH starts each run (default: texttok); for 8 GPUs: LAUNCH='torchrun --nproc-per-node 8 -m texttok_cli'.
 # SIZES, TOKENS, KINDS narrow the grid; OUT is the folder of the runs (default runs/table1).
 set -euo pipefail
-: "${TRAIN:?name the training images, e.g. TRAIN='[shards/train-{0000..1023}.tar]'}"
+: "${TRAIN:?name the training images, e.g. TRAIN='shards/train-{0000..1023}.tar'}"
 read -ra launch <<< "${LAUNCH:-texttok}"
 for size in ${SIZES:-256 512}; do
   for tokens in ${TOKENS:-32 64 128 256}; do

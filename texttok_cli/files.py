@@ -38,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # what the umask gives; safetensors makes its own file, closed to others
         yield temporary
         temporary.chmod(mode)
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         temporary.replace(path)
     finally:

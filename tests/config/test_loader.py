@@ -107,3 +107,9 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
 def test_the_dump_loads_as_the_same_recipe() -> None:
     loaded = load_recipe("tokenizer/texttok-32-256")
     assert Recipe.model_validate(yaml.safe_load(dump_recipe(loaded))) == loaded
+
+
+def test_one_path_with_braces_needs_no_list() -> None:
+    """As the README writes it: inside a YAML list the braces would have to be quoted."""
+    loaded = load_recipe("tokenizer/texttok-32-256", ["data.train=shards/train-{000..127}.tar"])
+    assert loaded.data.train == ["shards/train-{000..127}.tar"]

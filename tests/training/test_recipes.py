@@ -73,8 +73,8 @@ def test_the_plan_adds_up() -> None:
     numbers = plan(load_recipe("tokenizer/texttok-32-256"))
     assert numbers["images_seen"] == 1_350_000 * 256
     assert numbers["token_bytes_per_image_fp16"] == 512
-    assert numbers["parameters_M"] == pytest.approx(175.2, abs=0.2)
-    assert numbers["training_GFLOP_per_image"] == pytest.approx(3 * numbers["forward_GFLOP_per_image"])
+    assert numbers["tokenizer_parameters_M"] == pytest.approx(175.2, abs=0.2)
+    assert numbers["tokenizer_training_GFLOP_per_image"] == pytest.approx(3 * numbers["tokenizer_forward_GFLOP_per_image"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,5 +101,5 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         overrides += ["model.bottleneck.codes=16"]
     losses: list[float] = []
     report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
-    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, cpu=True)
+    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
     assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -32,7 +32,7 @@ QUIET = Reporter(lambda _: None, lambda *_: None)
 
 def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
     """Run in this process; the newest training state."""
-    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, cpu=True)
+    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, device="cpu")
     return newest_state(out)
 
 
@@ -192,6 +192,13 @@ def test_divergence_ends_with_what_to_do(recipe_file: RecipeFile, tmp_path: Path
         train(recipe_file(), tmp_path / "run")
 
 
+def test_rolling_back_again_and_again_ends(recipe_file: RecipeFile, tmp_path: Path, poison: Callable) -> None:
+    """Also when every roll-back falls on a step that would be saved."""
+    poison(set(range(4, 100)))
+    with pytest.raises(TrainingError, match=r"rolled back to step \d+ 3 times"):
+        train(recipe_file(training={"save_every": 1}, schedule={"steps": 40}), tmp_path / "run")
+
+
 def test_a_spike_is_a_bad_step_and_leaves_the_running_mean_alone() -> None:
     guard = Guard(spike=3.0)
     answers = [guard.accepts(torch.tensor(norm)) for norm in (1.0, 2.0, 2.9, 3.5, 1.0)]
@@ -252,6 +259,7 @@ def test_data_that_is_damaged_in_the_middle_of_an_epoch_is_replaced_and_said(
     ("override", "error", "message"),
     [
         ("training.batch_size=5", RecipeError, "batch_size 5"),
+        ("training.seed=20250101123456", RecipeError, "training.seed"),
         ("data.train=[]", RecipeError, "data.train is empty"),
         ("data.train=[nowhere.tar]", DataError, "nowhere.tar: no such"),
         ("objective.adversarial.discriminator.multipliers=[1,1,1,1,1,1]", RecipeError, "discriminator"),
@@ -310,9 +318,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(recipe_file: RecipeFil
     assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 41))
 
 
-def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training": {"accumulate": 2}, "model": {"bottleneck": {"kind": "vq", "codes": 16}}}],
+    ids=["plain", "accumulating-vq"],
+)
+def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path, changes: dict) -> None:
     """DDP over gloo with the discriminator, R1 and LeCAM on: losses and gradients as in one process with the same global batch."""
-    recipe = recipe_file(schedule={"steps": 5}, objective={"adversarial": {"start": 0}})
+    recipe = recipe_file(schedule={"steps": 5}, objective={"adversarial": {"start": 0}}, **changes)
     train(recipe, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
     subprocess.run(

@@ -56,7 +56,8 @@ class TinyAutoencoder:
         """uint8 (B, 3, S, S) -> latents (B, d, S/8, S/8) float32 on the CPU. DataError for a side that 8 does not divide."""
         if images.shape[2] % FACTOR or images.shape[3] % FACTOR:
             raise DataError(f"{self.info.name}: takes images whose sides are multiples of {FACTOR}, not {tuple(images.shape[2:])}")
-        z: Tensor = self.encoder(_laid_out(images.to(self.device).float() / 255))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            z: Tensor = self.encoder(_laid_out(images.to(self.device).float() / 255))
         return z.cpu()
 
     @torch.inference_mode()
@@ -68,7 +69,8 @@ class TinyAutoencoder:
     @torch.inference_mode()
     def decode_float(self, z: Tensor) -> Tensor:
         """Latents -> (B, 3, S, S) float32 in [0, 1]; they are bounded to +-3 first, smoothly, as their authors do."""
-        pixels: Tensor = self.decoder(_laid_out(3 * torch.tanh(z.to(self.device) / 3)))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pixels: Tensor = self.decoder(_laid_out(3 * torch.tanh(z.to(self.device) / 3)))
         return pixels.clamp(0, 1)
 
 

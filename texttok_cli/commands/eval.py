@@ -82,13 +82,15 @@ def eval_(
     from texttok_cli.metrics.registry import check_names, uses_clip
 
     if compare:
+        if out is not None:
+            raise DataError(f"-o {out}: --compare writes no file; its table goes to stdout, or as JSON with --json")
         _compare(compare, as_json=json)
         return
     fixed = PROTOCOLS[protocol] if protocol else None
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None)
     check_names(names)
     processes = Processes()
-    where = processes.device or str(pick_device(device))
+    where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))
     if fixed is not None and resize != fixed.resize:
         raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
     if samples is not None:
@@ -107,7 +109,7 @@ def eval_(
             no_caption=no_caption,
         )
     subject.card = _card(subject, fixed, protocol, split, note or [])
-    _check_images_suffice(names, subject)
+    _check_images_suffice(names, subject, statistics=save_stats is not None)
     evaluator = Evaluator(
         names,
         given=subject.given,
@@ -168,11 +170,15 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
 
 def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split: str | None, notes: Sequence[str]) -> dict[str, Any]:
     """What is known of the samples; --split and --note win over what the protocol says of both."""
-    card = dict.fromkeys(("model_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
+    card = dict.fromkeys(("model_sha256", "reference_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
     if fixed is not None:
         if fixed.task != subject.task:
             needed = "--samples" if fixed.task == "generation" else "a model, or metrics of pairs"
             raise DataError(f"--protocol {protocol} is about {fixed.task}: it goes with {needed}")
+        if protocol == "adm-class" and not {"pool", "spatial"} <= subject.given.keys():
+            raise DataError(
+                "--protocol adm-class: its references are ADM's VIRTUAL_imagenet*.npz with their statistics: name it with --ref"
+            )
         if subject.task == "reconstruction" and card["split"] is not None:
             raise DataError(f"--protocol {protocol} needs --data: the sample set that comes with the package is not the paper's")
         card |= {"split": fixed.split, "labels": fixed.labels}
@@ -186,7 +192,7 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
     return card
 
 
-def _check_images_suffice(names: Sequence[str], subject: Subject) -> None:
+def _check_images_suffice(names: Sequence[str], subject: Subject, *, statistics: bool) -> None:
     """Every metric must have what it needs, before anything is computed."""
     from texttok_cli.metrics.registry import METRICS, check_images
 
@@ -197,6 +203,8 @@ def _check_images_suffice(names: Sequence[str], subject: Subject) -> None:
             if subject.given:
                 raise DataError(f"{name}: {subject.card['reference']} has not the statistics it needs, and no images")
             raise DataError(f"{name}: needs references: name their images, or for fid and sfid their statistics, with --ref")
+    if statistics and len(subject.measured.ids) < 2:
+        raise DataError("--save-stats: a covariance needs 2 images or more")
     counted = None if subject.references is None else len(subject.references.ids)
     check_images(names, n=len(subject.measured.ids), n_reference=counted, side=subject.measured.size)
 
@@ -226,6 +234,7 @@ def _measure(
     fingerprints = [images.fingerprint() for images in (subject.samples, references) if images is not None]
     identity = {
         "metrics": evaluator.metrics,
+        "needs": sorted(evaluator.needs),
         "networks": evaluator.networks,
         "resize": evaluator.resize,
         "card": subject.card,
@@ -236,7 +245,8 @@ def _measure(
         task = bar.add_task("measuring", total=len(work), note="")
 
         def on_resume(done: int) -> None:
-            say(f"going on from image {done:,}")
+            if not quiet:
+                say(f"going on from image {done:,}")
             bar.advance(task, done)
 
         def on_batch(batch: Batch) -> None:
@@ -266,8 +276,10 @@ def _writer(path: Path | None, subject: Subject, processes: Processes) -> Iterat
             if batch.samples is not None:
                 writer.add(batch.samples)
 
-        yield write
-        writer.close()
+        try:
+            yield write
+        finally:  # the archive can't be closed with it open, and would say so instead of what happened
+            writer.close()
 
 
 def _save_statistics(path: Path, evaluator: Evaluator) -> None:
@@ -285,9 +297,15 @@ def _report(evaluator: Evaluator, subject: Subject, truncated: int) -> Report:
     from texttok_cli.metrics.report import Report, make_result
 
     results = []
+    protocol = subject.card["protocol"]
+    wanted = None if protocol is None else PROTOCOLS[protocol].images
     for name, (value, spread) in evaluator.compute().items():
         card = _result_card(name, evaluator, subject, truncated)
-        results.append(make_result(name, value, spread, card, enough=METRICS[name].enough, why=METRICS[name].why))
+        result = make_result(name, value, spread, card, enough=METRICS[name].enough, why=METRICS[name].why)
+        if wanted is not None and card.n != wanted:
+            warning = f"{card.n:,} images: protocol {protocol} is of {wanted:,}"
+            result = result.model_copy(update={"warnings": [*result.warnings, warning]})
+        results.append(result)
     return Report(results=results)
 
 
@@ -299,8 +317,9 @@ def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: i
     network, sha256 = evaluator.networks.get(metric.network if metric.network != "lpips" else name, (None, None))
     given = next((subject.given[need] for need in metric.needs if need in subject.given), None)
     n_reference = given.n if given is not None else None if references is None else len(references.ids)
+    said = subject.card if metric.reference else subject.card | dict.fromkeys(("reference", "reference_sha256", "split"))
     return Card(
-        **subject.card,
+        **said,
         rule=metric.rule,
         task=subject.task,
         size=subject.measured.size,

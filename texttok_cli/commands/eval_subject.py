@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,12 +62,15 @@ def of_model(
     from texttok_cli.metrics.registry import uses_clip
     from texttok_cli.metrics.sources import FileImages
 
+    if no_caption and captions is not None and not uses_clip(metrics):
+        raise DataError("--captions and --no-caption exclude each other")
     dataset = _evenly(open_dataset(data or [PRETRAINED / SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
     condition = tokenizer.text_condition
     if condition is None and captions is not None and not uses_clip(metrics):
         raise DataError(f"{tokenizer.info.name}: takes no captions, and no metric reads them: leave out --captions")
     texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
-    text = None if condition is None else "none (--no-caption)" if no_caption else f"{condition.source}: {caption_field or 'first caption'}"
+    source = _caption_source(captions, caption_field)
+    text = None if condition is None else "none (--no-caption)" if no_caption else f"{condition.source}: {source}"
     card = {
         "samples": tokenizer.info.name,
         "model_sha256": tokenizer.info.sha256,
@@ -82,6 +87,7 @@ def of_model(
         return tokenizer.decode(tokenizer.encode(images, chosen), chosen)
 
     originals = FileImages(dataset, crop_to=size)
+    card["reference_sha256"] = originals.identity()
     compared = _captions(dataset) if uses_clip(metrics) else None
     return Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts, reconstruct=reconstruct)
 
@@ -92,6 +98,7 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     If a metric compares pairs, each sample belongs to the reference of its name (of its position, if either is an .npz).
     """
     from texttok_cli.data import open_dataset
+    from texttok_cli.files import sha256_file
     from texttok_cli.metrics.registry import uses_clip, uses_pairs
     from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
 
@@ -105,7 +112,7 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
         found = FileImages(dataset)
         texts = _captions(dataset) if uses_clip(metrics) else None
     if texts is not None:
-        card["text"] = f"compared with the samples: {captions.name if captions else caption_field or 'first caption'}"
+        card["text"] = f"compared with the samples: {_caption_source(captions, caption_field)}"
     task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
     subject = Subject(task, found, None, card, paired, captions=texts)
     if ref is not None and ref.endswith(".npz"):
@@ -113,6 +120,10 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
         subject.references, subject.given = reference.images, reference.given
     elif ref is not None:
         subject.references = FileImages(_matched(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
+    if subject.given:
+        card["reference_sha256"] = sha256_file(Path(str(ref)))
+    elif subject.references is not None:
+        card["reference_sha256"] = subject.references.identity()
     if paired:
         _check_pairs(subject, ref)
     return subject
@@ -123,12 +134,24 @@ def _matched(references: Dataset, samples: Images) -> Dataset:
     from texttok_cli.metrics.sources import FileImages
 
     if not isinstance(samples, FileImages):
-        return references
+        return _numbered(references)
     by_name = {_stem(item.id): item for item in references.items}
+    if len(by_name) < len(references.items):
+        twice = next(name for name, n in Counter(_stem(item.id) for item in references.items).items() if n > 1)
+        raise DataError(f"{twice}: two references have this name, but for its ending; a sample could belong to either")
     unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
     if unmatched:
         raise DataError(f"{unmatched[0]}: no reference of that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
     return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
+
+
+def _numbered(references: Dataset) -> Dataset:
+    """References for samples that have only positions: by their numbers where all names are numbers (10 after 9), else as sorted."""
+    stems = [_stem(item.id) for item in references.items]
+    if not all(stem.isdigit() for stem in stems):
+        return references
+    items = [item for _, item in sorted(zip(map(int, stems), references.items, strict=True), key=itemgetter(0))]
+    return type(references)(items, references.skipped)
 
 
 def _check_pairs(subject: Subject, ref: str | None) -> None:
@@ -166,7 +189,15 @@ def _captions_of_npz(samples: Images, captions: Path | None) -> list[str]:
 
 
 def _stem(image_id: str) -> str:
-    return PurePosixPath(image_id).with_suffix("").as_posix()
+    """Without the ending of an image file; `v1.5` has none."""
+    from texttok_cli.data.items import IMAGE_SUFFIXES
+
+    path = PurePosixPath(image_id)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else image_id
+
+
+def _caption_source(captions: Path | None, caption_field: str | None) -> str:
+    return captions.name if captions else caption_field or "first caption"
 
 
 def _names(sources: Sequence[str]) -> str:

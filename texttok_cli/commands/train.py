@@ -16,7 +16,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.batch_size=64")] = None,
     out: OutOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, parameters, FLOPs and memory; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and its tokenizer's parameters, FLOPs and state; train nothing.")
     ] = False,
     device: DeviceOption = "auto",
     offline: OfflineOption = False,
@@ -36,10 +36,13 @@ def train(
             stdout.print(dump_recipe(resolved), markup=False)
         emit(plan(resolved), as_json=json)
         return
+    from texttok_cli.inference import pick_device
     from texttok_cli.training.loop import Interrupted
     from texttok_cli.training.report import Reporter
     from texttok_cli.training.session import run_training
 
+    if device != "auto":
+        pick_device(device)  # says so if this machine has none
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun's and accelerate's: one of many processes reports
     folder = out or Path("runs") / Path(recipe).stem
     with progress(quiet=quiet or not speaks) as bar:
@@ -53,7 +56,7 @@ def train(
 
         report = Reporter(say if speaks and not quiet else lambda _: None, on_progress)
         try:
-            model = run_training(resolved, folder, report, offline=offline, cpu=device == "cpu")
+            model = run_training(resolved, folder, report, offline=offline, device=device)
         except Interrupted as stop:
             if speaks:
                 say(f"texttok: {stop}")

@@ -157,11 +157,18 @@ class TokenizerConfig(Config):
 # ------------------------------------------------------------------ training
 
 
-class DataConfig(Config):
-    """What to train on. Paths may hold globs and braces: `shards/train-{0000..0009}.tar`."""
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    train: list[str]
-    val: list[str] = []
+
+Paths = Annotated[list[str], BeforeValidator(_listed)]
+
+
+class DataConfig(Config):
+    """What to train on. Paths may hold globs and braces: `shards/train-{0000..0009}.tar`; one path may stand without a list."""
+
+    train: Paths
+    val: Paths = []
     captions: str | None = None  # a captions.jsonl that overrides what stands beside the images
     caption_field: str | None = None  # key in a shard's .json: measured, captions, longest, ...
     crop: Literal["center", "random"] = "center"  # random: where along the longer side, after the short side is scaled
@@ -240,13 +247,13 @@ class ScheduleConfig(Config):
 class TrainConfig(Config):
     """The run itself."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     start_from: str | None = None  # a model of the same configuration whose weights the run begins with: bundled name, path or hf://
     batch_size: int = Field(256, ge=1)  # [I] global: over all processes
     accumulate: int = Field(1, ge=1)  # forward and backward passes that a process's part of the batch is split into
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
-    checkpointing: bool = False  # compute each block again in the backward pass instead of keeping its activations
+    checkpointing: bool = False  # compute each block but the last again in the backward pass instead of keeping its activations
     ema: float = Field(0.999, ge=0, lt=1)  # [I]
     weights: Literal["fp32", "bf16"] = "fp32"  # how OUT/model.safetensors stores them
     text_cache: bool = False  # embed every caption once, to disk, before training

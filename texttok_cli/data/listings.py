@@ -108,6 +108,8 @@ def _caption_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: no such file")
     for number, row in _rows(path):
         key = row.get("id", row.get("image")) if isinstance(row, dict) else None
+        if isinstance(key, int):
+            key = str(key)
         if not isinstance(key, str) or not isinstance(row.get("caption"), str):
             raise DataError(f"{path}:{number}: not a line of the form " + '{"id": ..., "caption": ...}')
         yield key, row["caption"]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from texttok_cli.assets import is_offline
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
 
@@ -40,7 +41,9 @@ class ClipScorer:
             raise BackendError(f"--clip {name}: open_clip has no such model")
         path = _weights(name, weights, offline=offline)
         try:
-            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device)
+            self.model, _, self.prepare = open_clip.create_model_and_transforms(
+                name, pretrained=str(path), device=device, **_preprocessing(name, weights)
+            )
         except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
             raise BackendError(f"{path}: not weights of {name} ({type(err).__name__})") from err
         self.model.requires_grad_(False).eval()
@@ -51,7 +54,7 @@ class ClipScorer:
     def cosines(self, images: Tensor, captions: Sequence[str], *, prefixes: Sequence[str] = ("",)) -> Tensor:
         """Cosine of each uint8 image (B, 3, H, W) and its caption with each prefix before it, (B, len(prefixes)) float32."""
         pixels = torch.stack([self.prepare(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in images])
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             image_codes = self.model.encode_image(pixels.to(self.device), normalize=True)  # (B, C)
             cosines = [(image_codes * self._text_codes([prefix + text for text in captions])).sum(dim=1) for prefix in prefixes]
         self.truncated += sum(self._overflows(prefixes[0] + text) for text in captions)
@@ -67,6 +70,17 @@ class ClipScorer:
         return bool(self.tokenize([text], context_length=room)[0, -1] != 0)
 
 
+def _preprocessing(name: str, weights: str) -> dict[str, Any]:
+    """How the weights of a tag want their images, which open_clip forgets when it is given their file."""
+    if Path(weights).is_file():
+        return {}
+    from open_clip.pretrained import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name, weights)
+    keys = {"mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    return {argument: config[key] for key, argument in keys.items() if config.get(key) is not None}
+
+
 def _weights(name: str, weights: str, *, offline: bool) -> Path:
     if Path(weights).is_file():
         return Path(weights)
@@ -77,7 +91,7 @@ def _weights(name: str, weights: str, *, offline: bool) -> Path:
     if not config:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise BackendError(f"--clip-weights {weights}: neither a file nor a tag of {name} (tags: {tags})")
-    if offline:
+    if is_offline(offline):
         raise BackendError(f"CLIP weights {name}/{weights}: not downloaded with --offline: name a local file with --clip-weights FILE")
     try:
         return Path(download_pretrained(config))

@@ -65,10 +65,10 @@ class Evaluator:
         check_names(metrics)
         self.metrics, self.resize, self.device, self.clip = list(metrics), resize, torch.device(device), clip
         chosen = [METRICS[name] for name in metrics]
-        needs = {need for metric in chosen for need in metric.needs} | keep
+        self.needs = needs = {need for metric in chosen for need in metric.needs} | keep
         compared = {need for metric in chosen if metric.reference for need in metric.needs}
         self.evidence = Evidence(Side(needs), Side(compared, given), {name for name in metrics if METRICS[name].by_image})
-        head = "logits" in needs
+        head = "logits" in needs or inception is not None  # a file given by its path is the whole network's
         self.inception = FidInception(resize=resize, head=head, weights=inception, offline=offline).to(self.device) if needs else None
         nets = [name for name in metrics if METRICS[name].network == "lpips"]
         self.perceptual: dict[str, nn.Module] = {name: build_perceptual(name, offline=offline).to(self.device) for name in nets}  # type: ignore[arg-type]

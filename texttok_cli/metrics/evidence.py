@@ -112,6 +112,7 @@ class Evidence:
     def __init__(self, samples: Side, references: Side, names: Set[str]) -> None:
         self.samples, self.references = samples, references
         self.by_image = {name: Rows() for name in sorted(names)}
+        self.manifolds: tuple[float, float] | None = None  # precision and recall, which come out of one computation
 
     def merge(self, other: Evidence) -> None:
         """Take in what another process found about other images."""

@@ -28,8 +28,13 @@ class Processes:
 
     @property
     def device(self) -> str | None:
-        """This process's own GPU, where there is one for each."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.size > 1 and torch.cuda.is_available() else None
+        """This process's own GPU; None for one process alone or a machine without any. DataError for more processes than GPUs."""
+        if self.size == 1 or not torch.cuda.is_available():
+            return None
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise DataError(f"process {local + 1} of this machine has no GPU of its own ({gpus} here): start as many processes as GPUs")
+        return f"cuda:{local}"
 
     def merge(self, evaluator: Evaluator) -> int:
         """Bring what all processes found into the first one's evaluator. Returns there how many captions CLIP cut off, of all."""

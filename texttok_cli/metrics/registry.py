@@ -71,8 +71,10 @@ def _inception_score(rule: str, score: Callable[[Tensor], Score], *, reconstruct
 
 def _precision_recall(which: int) -> Callable[[Evidence], Score]:
     def compute(found: Evidence) -> Score:
-        references = found.references.rows["features"].in_order()
-        return precision_recall(found.samples.rows["features"].in_order(), evenly(references, ADM_REFERENCE_LIMIT))[which], None
+        if found.manifolds is None:
+            references = evenly(found.references.rows["features"].in_order(), ADM_REFERENCE_LIMIT)
+            found.manifolds = precision_recall(found.samples.rows["features"].in_order(), references)
+        return found.manifolds[which], None
 
     return compute
 

@@ -25,6 +25,7 @@ MUST_AGREE = (
     "rule",
     "task",
     "reference",
+    "reference_sha256",
     "split",
     "size",
     "crop",
@@ -47,6 +48,7 @@ class Card(Config):
     samples: str  # a model's name, or the name of what holds the samples
     model_sha256: str | None
     reference: str | None  # name of what holds the references
+    reference_sha256: str | None  # of their ids and bytes' sizes, or of the .npz; no place or time is in it
     split: str | None
     size: int  # side of the samples in pixels
     crop: str | None  # of the references
@@ -82,11 +84,6 @@ class Report(Config):
 
     texttok_report: int = FORMAT
     results: list[Result]
-
-    @property
-    def name(self) -> str:
-        """Whose numbers these are."""
-        return self.results[0].card.samples if self.results else "(empty)"
 
 
 def make_result(metric: str, value: float, spread: float | None, card: Card, *, enough: int, why: str) -> Result:

@@ -6,7 +6,9 @@ Letters: n images, B batch, S image side.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from torch import Tensor
 
 from texttok_cli.data import Dataset, eval_batches, load_image
 from texttok_cli.errors import DataError
-from texttok_cli.files import atomic_path
+from texttok_cli.files import atomic_path, sha256_file
+from texttok_cli.metrics.inception import POOL_DIM, SPATIAL_DIM
 from texttok_cli.metrics.statistics import Gaussian
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM's VIRTUAL_imagenet*.npz
-NUMPY_DAMAGED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
+NUMPY_DAMAGED = (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+WIDTHS = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
 
 
 class Images(ABC):
@@ -36,6 +40,10 @@ class Images(ABC):
     @abstractmethod
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images with these indices, in this order: indices (B,) int64 and uint8 (B, 3, S, S). DataError for one that can't be read."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex digest that is the same for the same images wherever they lie."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -69,6 +77,11 @@ class FileImages(Images):
         places = [(item.id, str(item.path), item.offset, item.size) for item in self.dataset.items]
         return _digest([self.crop, places], {item.path for item in self.dataset.items})
 
+    def identity(self) -> str:
+        """See `Images`: of the ids and the files' sizes; reading every byte would cost another pass."""
+        sizes = [item.path.stat().st_size if item.size is None else item.size for item in self.dataset.items]
+        return hashlib.sha256(repr(list(zip(self.ids, sizes, strict=True))).encode()).hexdigest()
+
     def _check_sizes(self, indices: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
         for index, (width, height) in zip(indices.tolist(), sizes, strict=True):
             if (width, height) != (self.size, self.size):
@@ -91,10 +104,13 @@ class NpzImages(Images):
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = _array_header(file)
+                whole = archive.getinfo("arr_0.npy").file_size == file.tell() + math.prod(shape)
         except NUMPY_DAMAGED as err:
             raise DataError(f"{path}: no image batch (arr_0) can be read from it ({err})") from None
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
             raise DataError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, S, S, 3)")
+        if not whole:
+            raise DataError(f"{path}: arr_0 has not the size of uint8 {shape}: damaged or cut short")
         self.size = shape[1]
         self.ids = [str(number) for number in range(shape[0])]
 
@@ -115,6 +131,10 @@ class NpzImages(Images):
     def fingerprint(self) -> str:
         """See `Images`."""
         return _digest([], {self.path})
+
+    def identity(self) -> str:
+        """See `Images`."""
+        return sha256_file(self.path)
 
     def _one(self, file: IO[bytes], at: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         file.seek(at)
@@ -138,7 +158,7 @@ def read_npz_reference(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             given = {
-                kind: _gaussian(path, file[mu], file[sigma], int(file["n"]) if "n" in file else None)
+                kind: _gaussian(path, kind, file[mu], file[sigma], int(file["n"]) if "n" in file else None)
                 for kind, (mu, sigma) in KEYS.items()
                 if mu in file and sigma in file
             }
@@ -187,9 +207,11 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
     return read(file)
 
 
-def _gaussian(path: Path, mean: Any, covariance: Any, n: int | None) -> Gaussian:
+def _gaussian(path: Path, kind: str, mean: Any, covariance: Any, n: int | None) -> Gaussian:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape} don't belong together")
+    if len(mean) != WIDTHS[kind]:
+        raise DataError(f"{path}: its statistics are of {len(mean)} features, not of the FID protocol's {WIDTHS[kind]}")
     gaussian = Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), n)
     if not (gaussian.mean.isfinite().all() and gaussian.covariance.isfinite().all()):
         raise DataError(f"{path}: its statistics are not finite")

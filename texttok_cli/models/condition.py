@@ -77,7 +77,7 @@ class ConditionedTransformer(nn.Module):
         self.in_context = not cross
         self.blocks = nn.ModuleList(Block(backbone, cross=cross) for _ in range(backbone.depth))
         self.norm = nn.LayerNorm(backbone.width)
-        self.checkpointing = False  # compute each block again in the backward pass instead of keeping its activations
+        self.checkpointing = False  # compute each block but the last again in the backward pass
 
     def forward(self, x: Tensor, keep: slice, cond: Condition | None) -> Tensor:
         """Tokens x (B, L, D) and the condition (B, T, C) -> the tokens in `keep`, normalised, (B, K, D).

@@ -82,7 +82,7 @@ class TexTok(nn.Module):
         return Condition(self.classes(class_ids)[:, None])
 
     def set_checkpointing(self, on: bool) -> None:
-        """Whether training computes each block again in the backward pass instead of keeping its activations."""
+        """Whether training computes each block but the last again in the backward pass instead of keeping its activations."""
         self.tokenizer.checkpointing = self.detokenizer.checkpointing = on
 
     def block_matrices(self) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from texttok_cli.config.schema import TrainConfig
@@ -21,15 +22,19 @@ from texttok_cli.errors import BackendError, RecipeError
 class Engine:
     """One process's view of a run, whether it is alone or one of many."""
 
-    def __init__(self, cfg: TrainConfig, *, out: Path, cpu: bool = False) -> None:
+    def __init__(self, cfg: TrainConfig, *, out: Path, device: str = "auto") -> None:
         for tracker in cfg.trackers:
             if find_spec(tracker) is None:
                 raise BackendError(f"training.trackers: {tracker} is not installed: pip install {tracker}")
         AcceleratorState._reset_state()  # else one process can't train twice in different precisions
         # Shapes are few (text lengths are rounded up), and a graph per shape is faster than one for all.
         dynamo = TorchDynamoPlugin(backend="inductor" if cfg.compile else "no", dynamic=False)
+        if cfg.compile:
+            torch._dynamo.config.recompile_limit = 64  # text lengths in steps of 8, each with and without a mask
         self.accelerator = Accelerator(
-            cpu=cpu,
+            cpu=device == "cpu",
+            # The others wait while one process validates or embeds a training set's captions.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
             mixed_precision="bf16" if cfg.precision == "bf16" else "no",
             dynamo_plugin=dynamo,
             log_with=list(cfg.trackers) or None,
@@ -39,6 +44,8 @@ class Engine:
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
+        if device not in ("auto", self.device.type):
+            raise BackendError(f"--device {device}: training takes {self.device.type} on this machine; leave it out, or take cpu")
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             kind = self.accelerator.distributed_type.value
             raise RecipeError(f"a tokenizer is trained with DDP, not {kind}: R1 needs second derivatives; launch without it")

@@ -88,12 +88,13 @@ def _steps(
             record = {"step": done, "images": done * cfg.batch_size, **engine.mean(values), "lr_scale": scale, "images_per_s": rate}
             _log(record, engine, run)
         on_step(done, record)
-        if task.guard.wants_roll_back:
+        rolling_back = task.guard.wants_roll_back
+        if rolling_back:
             roll_backs += 1
             _roll_back(task, run, done, roll_backs)
         stopping = engine.any(stop.requested)
-        due = done % cfg.save_every == 0 or done == steps
-        if stopping or (due and task.guard.in_a_row == 0):  # weights in doubt don't replace good ones
+        due = done % cfg.save_every == 0 and not rolling_back and task.guard.in_a_row == 0  # weights in doubt don't replace good ones
+        if due or stopping or done == steps:
             roll_backs = 0
             if engine.is_main:
                 run.save_state(done, task.state(), task.optimizers)

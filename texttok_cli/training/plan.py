@@ -1,4 +1,4 @@
-"""What a recipe will cost, worked out without allocating anything (meta tensors)."""
+"""What a recipe's tokenizer will cost, worked out without allocating anything (meta tensors)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from texttok_cli.config.schema import Recipe, TextCondition, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 
-STATE_COPIES = {"adam": 4, "adamw": 4, "muon": 3}  # fp32 copies: weights, EMA, and the optimizer's one or two moments
+STATE_COPIES = {"adam": 4, "adamw": 4, "muon": 3}  # fp32 copies: weights, EMA, and the optimizer's two moments (Muon: mostly one)
 
 
 def plan(recipe: Recipe) -> dict[str, float | int | str]:
-    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe."""
+    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, of the tokenizer alone.
+
+    What the discriminator, the perceptual network and the text encoder add is not in it, nor are activations.
+    """
     model, forward = count_flops(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
     images = recipe.schedule.steps * recipe.training.batch_size
     return {
-        "parameters_M": parameters / 1e6,
-        "forward_GFLOP_per_image": forward / 1e9,
-        "training_GFLOP_per_image": 3 * forward / 1e9,
+        "tokenizer_parameters_M": parameters / 1e6,
+        "tokenizer_forward_GFLOP_per_image": forward / 1e9,
+        "tokenizer_training_GFLOP_per_image": 3 * forward / 1e9,
         "optimizer_steps": recipe.schedule.steps,
         "images_seen": images,
-        "training_EFLOP": 3 * forward * images / 1e18,
-        "state_GB": 4 * parameters * (STATE_COPIES[recipe.optimizer.kind] + 1) / 1e9,  # + gradients
+        "tokenizer_training_EFLOP": 3 * forward * images / 1e18,
+        "tokenizer_state_GB": 4 * parameters * (STATE_COPIES[recipe.optimizer.kind] + 1) / 1e9,  # + gradients
         "token_bytes_per_image_fp16": 2 * recipe.model.num_tokens * recipe.model.latent_dim,
     }
 

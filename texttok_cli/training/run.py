@@ -10,6 +10,7 @@ OUT/model.safetensors        the EMA weights: what `texttok encode --model` take
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with self.metrics_path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(record) + "\n")
+            out.write(json.dumps({key: _json_number(value) for key, value in record.items()}, allow_nan=False) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Drop lines after `step`: the run goes on from there and writes them again."""
@@ -114,6 +115,11 @@ def _restore_optimizer(optimizer: Optimizer, index: int, tensors: Mapping[str, T
             parameter, _, name = key.removeprefix(prefix).partition(".")
             state.setdefault(int(parameter), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:

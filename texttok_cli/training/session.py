@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from texttok_cli import __version__
 from texttok_cli.checkpoint import load_tokenizer_file
 from texttok_cli.config.schema import Recipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
 from texttok_cli.errors import BackendError, RecipeError
-from texttok_cli.files import sha256_file
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.inception import FidInception
@@ -25,14 +26,14 @@ from texttok_cli.training.tokenizer_task import Conditioner, TokenizerTask
 STATISTICS_IMAGES = 10_000  # training images behind the per-channel latent statistics
 
 
-def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool = False, cpu: bool = False) -> Path:
+def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool = False, device: str = "auto") -> Path:
     """Train a tokenizer as the recipe says, in folder `out`, from where an earlier run there stopped; returns the model file.
 
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
     a signal.
     """
     run = RunFolder(out)
-    engine = Engine(recipe.training, out=out, cpu=cpu)
+    engine = Engine(recipe.training, out=out, device=device)
     train_set, val_set = _open(recipe, recipe.data.train), _open(recipe, recipe.data.val) if recipe.data.val else None
     report.message(f"{len(train_set):,} training images, {len(val_set) if val_set else 0:,} for validation")
     if engine.is_main:
@@ -40,7 +41,8 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
     engine.wait()
     engine.start_trackers()
     conditioners = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
-    task = _task(recipe, engine, conditioners[0], offline)
+    start = _start(recipe, offline)
+    task = _task(recipe, engine, conditioners[0], None if start is None else start[0], offline)
     inception = _inception(engine, report) if recipe.training.val_rfid and val_set is not None and engine.is_main else None
     loader = TrainLoader(
         train_set,
@@ -64,18 +66,23 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
             return {}
         grid = recipe.training.grid_images
         if grid:
-            first = next(ordered(val_set, grid, grid))
-            run.save_grid(step, first.images, task.reconstruct_uint8(conditioners[1], first))
+            first = next(ordered(val_set, grid, grid), None)
+            if first is not None:
+                run.save_grid(step, first.images, task.reconstruct_uint8(conditioners[1], first))
         return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images), inception)
 
     steps = recipe.schedule.steps
-    train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
-    for name, reason in loader.damaged.items():
-        report.skipped(name, reason)
+    try:
+        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
+    except torch.OutOfMemoryError:
+        raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
+    finally:
+        for name, reason in loader.damaged.items():
+            report.skipped(name, reason)
+        engine.finish()
     if engine.is_main:
         task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(run.model_path, _history(recipe))
-    engine.finish()
+        task.export(run.model_path, _history(recipe, None if start is None else start[1]))
     return run.model_path
 
 
@@ -88,7 +95,7 @@ def _inception(engine: Engine, report: Reporter) -> FidInception | None:
         return None
 
 
-def _history(recipe: Recipe) -> dict[str, str | int]:
+def _history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
     """What the model file says of its training."""
     history: dict[str, str | int] = {
         "reproduces": recipe.reproduces,
@@ -96,25 +103,24 @@ def _history(recipe: Recipe) -> dict[str, str | int]:
         "images_seen": recipe.schedule.steps * recipe.training.batch_size,
         "texttok": __version__,
     }
-    start = recipe.training.start_from
-    return history | ({} if start is None else {"started_from_sha256": sha256_file(find_model(start))})
+    return history | ({} if started_from is None else {"started_from_sha256": started_from})
 
 
 def _open(recipe: Recipe, inputs: list[str]) -> Dataset:
     if not inputs:
-        raise RecipeError("data.train is empty: name images, folders or shards, e.g. data.train='[shards/train-{000..127}.tar]'")
+        raise RecipeError("data.train is empty: name images, folders or shards, e.g. data.train='shards/train-{000..127}.tar'")
     captions = Path(recipe.data.captions) if recipe.data.captions else None
     return open_dataset(inputs, captions=captions, caption_field=recipe.data.caption_field)
 
 
-def _task(recipe: Recipe, engine: Engine, condition: Conditioner, offline: bool) -> TokenizerTask:
+def _task(recipe: Recipe, engine: Engine, condition: Conditioner, start: TexTok | None, offline: bool) -> TokenizerTask:
     cfg = recipe.objective.perceptual
     perceptual = None if cfg is None else build_perceptual(cfg.net, offline=offline).to(engine.device)
-    return TokenizerTask(recipe, engine, condition, perceptual, _start(recipe, offline))
+    return TokenizerTask(recipe, engine, condition, perceptual, start)
 
 
-def _start(recipe: Recipe, offline: bool) -> TexTok | None:
-    """The model that the run begins with, if the recipe names one."""
+def _start(recipe: Recipe, offline: bool) -> tuple[TexTok, str] | None:
+    """The model that the run begins with and its sha256, if the recipe names one."""
     name = recipe.training.start_from
     if name is None:
         return None
@@ -123,7 +129,7 @@ def _start(recipe: Recipe, offline: bool) -> TexTok | None:
         theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
         keys = ", ".join(key for key in ours if ours[key] != theirs[key])
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
-    return model
+    return model, info.sha256
 
 
 def _spread(n: int, limit: int) -> Sequence[int]:

@@ -147,9 +147,9 @@ class TokenizerTask:
                     running.update(inception(images.to(self.engine.device)).pool)
         result = {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
         bottleneck = self.recipe.model.bottleneck
-        if isinstance(bottleneck, VQBottleneck):
+        if isinstance(bottleneck, VQBottleneck) and codes:
             result |= {f"val_{name}": value for name, value in code_usage(torch.cat(codes), bottleneck.codes).items()}
-        if inception is not None:
+        if seen[0].n > 1:
             result["val_rfid"] = frechet_distance(*(running.gaussian() for running in seen))
         return result
 
@@ -173,7 +173,7 @@ class TokenizerTask:
         for batch in batches:
             x = normalize(batch.images.to(self.engine.device))
             cond = model.resolve(**self.condition(batch.indices.tolist()))
-            z = model.encode(x, cond).z.double().flatten(0, 1).cpu()  # (B*N, d)
+            z = model.encode(x, cond).z.flatten(0, 1).cpu().double()  # (B*N, d)
             total += torch.stack([z.sum(0), z.square().sum(0)])
             count += len(z)
         mean = total[0] / count
