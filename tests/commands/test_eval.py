@@ -43,6 +43,7 @@ class FakeInception(torch.nn.Module):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluator_module, "FidInception", FakeInception)
+    monkeypatch.setattr("texttok_cli.metrics.sources.WIDTHS", {"pool": DIM, "spatial": DIM})
     for name in ("POOL_DIM", "SPATIAL_DIM"):
         monkeypatch.setattr(evidence_module, name, DIM)
 
@@ -236,7 +237,7 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
     unlike = texttok("eval", "--compare", plain, "--compare", other)
     assert unlike.code == 1 and "psnr (unlike)" in unlike.out and "psnr: unlike n: 6 | 4" in unlike.err
     (row,) = json.loads(texttok("eval", "--compare", plain, "--compare", other, "--json").out)["rows"]
-    assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference"}
+    assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference", "reference_sha256"}
 
 
 # ------------------------------------------------------------------ several processes

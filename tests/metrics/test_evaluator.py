@@ -64,6 +64,9 @@ class Drawn(Images):
             chosen = torch.tensor(indices[start : start + batch_size])
             yield chosen, self.pixels[chosen]
 
+    def identity(self) -> str:
+        return self.fingerprint()
+
     def fingerprint(self) -> str:
         return "drawn"
 

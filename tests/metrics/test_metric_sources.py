@@ -10,6 +10,7 @@ import torch
 
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import DataError
+from texttok_cli.metrics import sources
 from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, read_npz_reference, write_statistics
 from texttok_cli.metrics.statistics import gaussian_of
 
@@ -61,9 +62,15 @@ def test_a_damaged_batch_is_one_line(tmp_path: Path) -> None:
         read_npz_reference(path)
 
 
-def test_statistics_come_back_and_pickles_do_not(tmp_path: Path) -> None:
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of four and two numbers in place of 2,048 and 2,023."""
+    monkeypatch.setattr(sources, "WIDTHS", {"pool": 4, "spatial": 2})
+
+
+def test_statistics_come_back_and_pickles_do_not(tmp_path: Path, narrow: None) -> None:
     path = tmp_path / "stats.npz"
-    found = {kind: gaussian_of(torch.randn(9, 4)) for kind in ("pool", "spatial")}
+    found = {kind: gaussian_of(torch.randn(9, width)) for kind, width in (("pool", 4), ("spatial", 2))}
     write_statistics(path, found)
     with np.load(path) as file:
         assert set(file) == {"mu", "sigma", "mu_s", "sigma_s", "n"}
@@ -77,9 +84,13 @@ def test_statistics_come_back_and_pickles_do_not(tmp_path: Path) -> None:
         read_npz_reference(path)
 
 
-def test_statistics_that_can_not_be_are_refused(tmp_path: Path) -> None:
+def test_statistics_that_can_not_be_are_refused(tmp_path: Path, narrow: None) -> None:
     path = tmp_path / "stats.npz"
-    for mean, covariance, what in ((np.zeros(3), np.eye(2), "don't belong"), (np.full(2, np.nan), np.eye(2), "not finite")):
+    for mean, covariance, what in (
+        (np.zeros(3), np.eye(2), "don't belong"),
+        (np.full(4, np.nan), np.eye(4), "not finite"),
+        (np.zeros(3), np.eye(3), "of 3 features"),
+    ):
         np.savez(path, mu=mean, sigma=covariance)
         with pytest.raises(DataError, match=what):
             read_npz_reference(path)

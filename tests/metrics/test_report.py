@@ -16,6 +16,7 @@ BASE = {
     "samples": "model-a",
     "model_sha256": "a" * 64,
     "reference": "photos",
+    "reference_sha256": "c" * 64,
     "split": "val",
     "size": 128,
     "crop": "ADM",
