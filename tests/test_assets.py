@@ -116,7 +116,7 @@ def test_offline_by_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", sorted(ASSETS))
 def test_installed_packages_carry_what_the_table_says(name: str) -> None:
     if assets._in_package(ASSETS[name]) is None:
-        pytest.skip(f"{ASSETS[name].package} is not installed")
+        pytest.skip(f"{ASSETS[name].package or 'no package'} carries {name}, and it is not installed")
     path = resolve(name, offline=True)
     assert path.stat().st_size == ASSETS[name].bytes
 

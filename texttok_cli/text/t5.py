@@ -44,7 +44,7 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", of
         model, report = T5EncoderModel.from_pretrained(
             name, config=shape, dtype=DTYPES[config.precision], local_files_only=local, weights_only=True, output_loading_info=True
         )
-    except (OSError, SafetensorError, UnpicklingError) as error:  # the hub's errors are OSErrors too
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # the hub's errors are OSErrors too
         raise BackendError(_not_found(name, offline=local)) from error
     if report["missing_keys"]:
         raise BackendError(f"text encoder {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole T5 model?")
@@ -59,6 +59,8 @@ def _check_shape(name: str, shape: AutoConfig, dim: int) -> None:
 
 
 def _load_tokenizer(name: str, *, local: bool) -> Tokenizer:
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "spiece.model")):
+        raise BackendError(_not_found(name, offline=local))  # for want of a vocabulary transformers may make one up
     try:
         loaded = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (ImportError, ValueError) as error:  # google/t5-v1_1-* have only spiece.model, which another library reads
