@@ -6,26 +6,33 @@ from pathlib import Path
 
 import torch
 
+from texttok_cli.baselines.sd_vae import SDVAE
 from texttok_cli.baselines.taesd import TinyAutoencoder
 from texttok_cli.errors import CheckpointError
 
-__all__ = ["BASELINES", "TinyAutoencoder", "load_baseline"]
+__all__ = ["BASELINES", "SDVAE", "TinyAutoencoder", "load_baseline"]
 
 PREFIX = "baseline:"
-# Where the weights are published, by name; one network reads them all.
+# Where the weights are published, by name.
 BASELINES = {
     "taesd": "madebyollin/taesd",
     "taesdxl": "madebyollin/taesdxl",
     "taesd3": "madebyollin/taesd3",
     "taef1": "madebyollin/taef1",
+    "sd-vae": "stabilityai/sd-vae-ft-ema",
 }
 
 
-def load_baseline(model: str, *, device: torch.device | str = "cpu") -> TinyAutoencoder:
-    """Of `baseline:NAME=FILE`, where FILE is a .safetensors with diffusers' names. CheckpointError says what is wrong."""
+def load_baseline(model: str, *, device: torch.device | str = "cpu", offline: bool = False) -> TinyAutoencoder | SDVAE:
+    """Of `baseline:NAME=FILE`, where FILE is a .safetensors with diffusers' names; for sd-vae a hub name or a local folder.
+
+    CheckpointError or BackendError says what is wrong.
+    """
     name, _, path = model.removeprefix(PREFIX).partition("=")
     if name not in BASELINES:
         raise CheckpointError(f"{model}: no such baseline; there are {', '.join(PREFIX + known for known in BASELINES)}")
+    if name == "sd-vae":
+        return SDVAE(name, path or BASELINES[name], device=device, offline=offline)
     if not path:
         raise CheckpointError(f"{model}: name its weights, {PREFIX}{name}=FILE.safetensors (published as {BASELINES[name]} on the hub)")
     return TinyAutoencoder(name, Path(path), device=device)

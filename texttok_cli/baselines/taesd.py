@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,28 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from texttok_cli.errors import CheckpointError, DataError
+from texttok_cli.baselines.base import Baseline, BaselineInfo
+from texttok_cli.errors import CheckpointError
 from texttok_cli.files import sha256_file
 
-WIDTH, FACTOR = 64, 8
+WIDTH = 64
 
 
-@dataclass(frozen=True, slots=True)
-class BaselineInfo:
-    """Identity of a loaded baseline."""
-
-    name: str
-    sha256: str
-
-
-class TinyAutoencoder:
+class TinyAutoencoder(Baseline):
     """A loaded autoencoder: images to latents and back, as `Tokenizer` does it; it takes no text and any size that 8 divides.
 
     The file is a .safetensors with diffusers' names (AutoencoderTiny), of any float type. Raises CheckpointError for another.
     """
-
-    text_condition = None
-    precision = "fp32"
 
     def __init__(self, name: str, path: Path, *, device: torch.device | str = "cpu") -> None:
         if not path.is_file():
@@ -54,8 +43,7 @@ class TinyAutoencoder:
     @torch.inference_mode()
     def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
         """uint8 (B, 3, S, S) -> latents (B, d, S/8, S/8) float32 on the CPU. DataError for a side that 8 does not divide."""
-        if images.shape[2] % FACTOR or images.shape[3] % FACTOR:
-            raise DataError(f"{self.info.name}: takes images whose sides are multiples of {FACTOR}, not {tuple(images.shape[2:])}")
+        self.check_size(images)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             z: Tensor = self.encoder(_laid_out(images.to(self.device).float() / 255))
         return z.cpu()

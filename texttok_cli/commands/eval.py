@@ -27,7 +27,7 @@ from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
-    from texttok_cli.baselines import TinyAutoencoder
+    from texttok_cli.baselines import SDVAE, TinyAutoencoder
     from texttok_cli.inference import Tokenizer
     from texttok_cli.metrics.evaluator import Batch, Evaluator
     from texttok_cli.metrics.processes import Processes
@@ -142,14 +142,14 @@ def _refuse_with_samples(options: Mapping[str, object | None]) -> None:
 
 def _model(
     model: str, size: int | None, *, device: str, precision: Literal["fp32", "bf16"], offline: bool
-) -> tuple[Tokenizer | TinyAutoencoder, int]:
+) -> tuple[Tokenizer | TinyAutoencoder | SDVAE, int]:
     """The tokenizer or baseline, and the side of the images it is measured on."""
     if model.startswith("baseline:"):
         from texttok_cli.baselines import load_baseline
 
         if precision != "fp32":
             raise DataError(f"{model}: baselines compute in fp32 only; leave out --precision")
-        return load_baseline(model, device=device), size or BASELINE_SIZE
+        return load_baseline(model, device=device, offline=offline), size or BASELINE_SIZE
     from texttok_cli.inference import load_tokenizer
 
     tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)

@@ -14,7 +14,7 @@ from texttok_cli.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from texttok_cli.baselines import TinyAutoencoder
+    from texttok_cli.baselines import SDVAE, TinyAutoencoder
     from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
     from texttok_cli.metrics.sources import Images
@@ -46,7 +46,7 @@ class Subject:
 
 
 def of_model(
-    tokenizer: Tokenizer | TinyAutoencoder,
+    tokenizer: Tokenizer | TinyAutoencoder | SDVAE,
     size: int,
     data: Sequence[str] | None,
     metrics: Sequence[str],

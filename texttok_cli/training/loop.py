@@ -103,7 +103,9 @@ def _steps(
             raise Interrupted(f"stopped at step {done}; the same command goes on from there")
         if engine.is_main and (done % cfg.val_every == 0 or done == steps):
             with clock.paused():
-                _log({"step": done, **validate(done)}, engine, run)
+                validated = validate(done)
+            if validated:
+                _log({"step": done, **validated}, engine, run)
 
 
 def _log(record: dict[str, float], engine: Engine, run: RunFolder) -> None:

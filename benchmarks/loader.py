@@ -1,0 +1,51 @@
+"""Whether the loader keeps up with the training step: images a second of the loader alone, on real shards.
+
+    python benchmarks/loader.py SHARD... [--size 128] [-o benchmarks/results/loader.json]
+
+Reads, decodes, crops and batches as `texttok train` does, with 0 and 2 workers, nothing kept in memory. Beside it stands the rate
+of the step of the recipe tiny/baseline-32-128 as `benchmarks/step_time.py` measured it (its result file, if it is there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import islice
+from pathlib import Path
+
+from texttok_cli.data import TrainLoader, open_dataset
+
+BATCH, WARM_UP, BATCHES = 32, 4, 60
+STEP_TIME = Path(__file__).parent / "results" / "step_time.json"
+
+
+def main() -> None:
+    """Time the loader with each number of workers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="+")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+    dataset = open_dataset(arguments.inputs, caption_field="measured")
+    rates = {}
+    for workers in (0, 2):
+        loader = TrainLoader(dataset, image_size=arguments.size, batch_size=BATCH, seed=0, flip=True, workers=workers)
+        batches = loader.batches()
+        for _ in islice(batches, WARM_UP):
+            pass
+        before = time.perf_counter()
+        for _ in islice(batches, BATCHES):
+            pass
+        rates[f"{workers} workers"] = BATCH * BATCHES / (time.perf_counter() - before)
+    result: dict[str, object] = {"images": len(dataset), "size": arguments.size, "loader_images_per_s": rates}
+    if STEP_TIME.is_file():
+        step = BATCH / json.loads(STEP_TIME.read_text())["seconds_a_step"]["baseline-32-128"]
+        result |= {"step_images_per_s": step, "loader_over_step": {name: rate / step for name, rate in rates.items()}}
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""SD-VAE-f8 (Rombach et al., 2022), the tokenizer that the paper compares with, through diffusers.
+
+Letters: B batch, S image side, d latent channels (4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from texttok_cli.assets import is_offline
+from texttok_cli.baselines.base import Baseline, BaselineInfo
+from texttok_cli.data import normalize, to_uint8
+from texttok_cli.errors import BackendError, CheckpointError
+from texttok_cli.files import sha256_file
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+class SDVAE(Baseline):
+    """Diffusers' AutoencoderKL by hub name or local folder: images to latents (the posterior's mean, unscaled) and back.
+
+    Raises CheckpointError for what is no such model, BackendError if it, or diffusers, is not to be had.
+    """
+
+    def __init__(self, name: str, where: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise BackendError(f"{name}: diffusers is not installed: pip install diffusers") from None
+        folder = Path(where) if Path(where).is_dir() else _from_hub(where, offline=is_offline(offline))
+        if not all((folder / file).is_file() for file in FILES):
+            raise CheckpointError(f"{where}: the folder needs {' and '.join(FILES)}")
+        try:
+            self.model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+        except (OSError, ValueError, KeyError, RuntimeError) as err:
+            raise CheckpointError(f"{where}: not a diffusers AutoencoderKL ({type(err).__name__})") from None
+        self.device = torch.device(device)
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.info = BaselineInfo(name, sha256_file(folder / FILES[1]))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """uint8 (B, 3, S, S) -> latents (B, d, S/8, S/8) float32 on the CPU. DataError for a side that 8 does not divide."""
+        self.check_size(images)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            z: Tensor = self.model.encode(normalize(images.to(self.device))).latent_dist.mode()
+        return z.cpu()
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Latents -> uint8 (B, 3, S, S) on the CPU, rounding half up."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return to_uint8(self.model.decode(z.to(self.device)).sample).cpu()
+
+
+def _from_hub(repo: str, *, offline: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path([hf_hub_download(repo, file, local_files_only=offline) for file in FILES][-1]).parent
+    except (OSError, HFValidationError) as err:  # the hub's own errors are OSErrors
+        reason = type(err).__name__
+        raise BackendError(f"{repo}: neither a folder nor to be had from the hub ({reason}): give a local folder") from None
