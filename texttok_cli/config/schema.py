@@ -6,6 +6,7 @@ Defaults are the paper's; their sources stand beside them ([I] inferred, as the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,23 +21,28 @@ class Config(BaseModel):
 # ------------------------------------------------------------------ models
 
 
-class Backbone(Config):
-    """The transformer of each half (tokenizer and detokenizer have the same)."""
+class Transformer(Config):
+    """Size of a transformer."""
 
     depth: int = Field(ge=1, le=256)
     width: int = Field(ge=8, le=16384)
     heads: int = Field(ge=1, le=256)
     mlp_ratio: float = Field(4.0, gt=0, le=16)
     qk_norm: bool = False
-    # vit: everything N(0, 0.02), as ViT. scaled: linears by fan-in, positions and learnable tokens N(0, 0.5), residual
-    # branches and pixels zero; the latents carry something after 1,000 images instead of 10,000 (no paper's setting).
-    init: Literal["vit", "scaled"] = "vit"
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Backbone:
+    def _heads_divide_width(self) -> Transformer:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
+
+
+class Backbone(Transformer):
+    """The transformer of each half (tokenizer and detokenizer have the same)."""
+
+    # vit: everything N(0, 0.02), as ViT. scaled: linears by fan-in, positions and learnable tokens N(0, 0.5), residual
+    # branches and pixels zero; the latents carry something after 1,000 images instead of 10,000 (no paper's setting).
+    init: Literal["vit", "scaled"] = "vit"
 
 
 # Table 4e: depth of each half, width, heads.
@@ -47,17 +53,30 @@ SIZES = {
 }
 
 
-def _expand_size(value: Any) -> Any:
+# DiT (Peebles & Xie 2023, Table 1): depth, width, heads.
+DIT_SIZES = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+
+
+def _size_of(sizes: dict[str, dict[str, int]]) -> Callable[[Any], Any]:
     """`S`, or `{size: S, qk_norm: true}`, -> the three numbers of that size plus what else was said."""
-    if isinstance(value, str):
-        value = {"size": value}
-    if isinstance(value, dict) and "size" in value:
-        value = dict(value)
-        size = value.pop("size")
-        if size not in SIZES:
-            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        value = {**SIZES[size], **value}
-    return value
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"size": value}
+        if isinstance(value, dict) and "size" in value:
+            value = dict(value)
+            size = value.pop("size")
+            if size not in sizes:
+                raise ValueError(f"size {size!r} is not one of {', '.join(sizes)}")
+            value = {**sizes[size], **value}
+        return value
+
+    return expand
 
 
 class TextEncoderConfig(Config):
@@ -138,7 +157,7 @@ class TokenizerConfig(Config):
     patch_size: int = Field(8, ge=1, le=1024)  # [I] 8 at 256 px, 16 at 512 px
     num_tokens: int = Field(32, ge=1, le=65536)
     latent_dim: int = Field(8, ge=1, le=4096)  # Sec. 4.1
-    backbone: Annotated[Backbone, BeforeValidator(_expand_size)] = Field("B", validate_default=True)
+    backbone: Annotated[Backbone, BeforeValidator(_size_of(SIZES))] = Field("B", validate_default=True)
     bottleneck: BottleneckConfig = ContinuousBottleneck()
     condition: ConditionConfig = NoCondition()
 
@@ -152,6 +171,75 @@ class TokenizerConfig(Config):
     def num_patches(self) -> int:
         """Patch tokens of one image, h*w."""
         return (self.image_size // self.patch_size) ** 2
+
+
+# ------------------------------------------------------------------ generators
+
+
+class TokenLatents(Config):
+    """The one-dimensional tokens of a TexTok: a sequence of N vectors of d channels, patch size 1 (Sec. 4.1)."""
+
+    kind: Literal["tokens"] = "tokens"
+    num_tokens: int = Field(32, ge=1, le=65536)
+    latent_dim: int = Field(8, ge=1, le=4096)
+
+
+class GridLatents(Config):
+    """A feature map such as SD-VAE's, cut into square patches: the original DiT's input."""
+
+    kind: Literal["grid"]
+    size: int = Field(32, ge=1, le=4096)  # its side: 32 for 256 px, 64 for 512 px
+    patch_size: int = Field(2, ge=1, le=64)
+    channels: int = Field(4, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> GridLatents:
+        if self.size % self.patch_size:
+            raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+
+class ClassLabels(Config):
+    """A learned vector a class, added to the time's; `dropout` of the labels in training become the null class."""
+
+    source: Literal["class"] = "class"
+    num_classes: int = Field(1000, ge=1, le=1_000_000)
+    dropout: float = Field(0.1, ge=0, le=1)  # DiT
+
+
+class Prompt(Config):
+    """Text tokens through a cross-attention layer in every block (Sec. 4.5, as PixArt's)."""
+
+    source: Literal["text"]
+    encoder: TextEncoderConfig = TextEncoderConfig()
+    dropout: float = Field(0.1, ge=0, le=1)  # PixArt
+
+
+class DDPM(Config):
+    """Gaussian diffusion with linear betas, eps-prediction and a learned variance (Sec. 4.1: as DiT)."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    timesteps: int = Field(1000, ge=2, le=100_000)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    learned_sigma: bool = True
+
+
+class Flow(Config):
+    """Flow matching on the straight path x_t = (1 - t) x_0 + t eps, velocity prediction (SiT's linear interpolant)."""
+
+    kind: Literal["flow"]
+    time: Literal["uniform", "lognormal"] = "lognormal"  # lognormal: t = sigmoid(N(0, 1)), LightningDiT
+    shift: float = Field(1.0, gt=0)  # t' = s t / (1 + (s - 1) t) when sampling
+
+
+class GeneratorConfig(Config):
+    """A DiT on the latents of one tokenizer (Sec. 3.2, 4.1)."""
+
+    latents: Annotated[TokenLatents | GridLatents, Field(discriminator="kind")] = TokenLatents()
+    backbone: Annotated[Transformer, BeforeValidator(_size_of(DIT_SIZES))] = Field("XL", validate_default=True)
+    condition: Annotated[ClassLabels | Prompt, Field(discriminator="source")] = ClassLabels()
+    process: Annotated[DDPM | Flow, Field(discriminator="kind")] = DDPM()
 
 
 # ------------------------------------------------------------------ training
