@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import Backbone
+from texttok_cli.config.schema import Transformer
 
 ALL = slice(None)
 
@@ -20,7 +20,7 @@ class Attention(nn.Module):
     Optional QK-normalisation is an RMSNorm over each head's channels.
     """
 
-    def __init__(self, cfg: Backbone) -> None:
+    def __init__(self, cfg: Transformer) -> None:
         super().__init__()
         self.heads = cfg.heads
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from tokens to a condition (Table 4c's alternative to in-context conditioning)."""
 
-    def __init__(self, cfg: Backbone) -> None:
+    def __init__(self, cfg: Transformer) -> None:
         super().__init__()
         self.heads = cfg.heads
         self.q = nn.Linear(cfg.width, cfg.width)
@@ -54,20 +54,28 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, L, D), condition tokens (B, T, D), mask (B, T) -> (B, L, D); a row with no real token adds nothing."""
-        q = _split_heads(self.q(x), self.heads)
-        k, v = (_split_heads(t, self.heads) for t in self.kv(tokens).chunk(2, dim=-1))  # (B, H, T, E)
+        return self.read(x, *self.keys_values(tokens), mask)
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition tokens (B, T, D) -> their keys and values, (B, H, T, E) each, which do not depend on what reads them."""
+        k, v = (_split_heads(t, self.heads) for t in self.kv(tokens).chunk(2, dim=-1))
+        return self.norm_k(k), v
+
+    def read(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`forward` with the keys and values (B, H, T, E) given."""
+        q = self.norm_q(_split_heads(self.q(x), self.heads))  # (B, H, L, E)
         if mask is None:
-            return self.out(attend(self.norm_q(q), self.norm_k(k), v, None))  # type: ignore[no-any-return]
+            return self.out(attend(q, k, v, None))  # type: ignore[no-any-return]
         has_text = mask.any(dim=1, keepdim=True)  # (B, 1)
         # A softmax over no keys is NaN, in the gradient too: such a row attends to its padding and is then dropped.
-        y = self.out(attend(self.norm_q(q), self.norm_k(k), v, mask | ~has_text))
+        y = self.out(attend(q, k, v, mask | ~has_text))
         return torch.where(has_text[..., None], y, torch.zeros((), dtype=y.dtype, device=y.device))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; `keep` drops the tokens nobody reads any more (used in the last block)."""
 
-    def __init__(self, cfg: Backbone, *, cross: bool) -> None:
+    def __init__(self, cfg: Transformer, *, cross: bool) -> None:
         super().__init__()
         hidden = int(cfg.width * cfg.mlp_ratio)
         self.norm1 = nn.LayerNorm(cfg.width)
@@ -115,7 +123,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)  # (B, L, D) -> (B, H, L, E)
 
 
-def _qk_norms(cfg: Backbone) -> tuple[nn.Module, nn.Module]:
+def _qk_norms(cfg: Transformer) -> tuple[nn.Module, nn.Module]:
     if not cfg.qk_norm:
         return nn.Identity(), nn.Identity()
     size = cfg.width // cfg.heads

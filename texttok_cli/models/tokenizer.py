@@ -123,14 +123,15 @@ def trunc_normal(weight: Tensor, std: float) -> None:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, P, 3*s*s), patches in row-major order."""
+    """(B, C, H, W) -> (B, P, C*s*s), patches in row-major order."""
     batch, channels, height, width = images.shape
-    x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)  # (B, 3, h, s, w, s)
+    x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)  # (B, C, h, s, w, s)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """(B, P, 3*s*s) -> (B, 3, H, W) of a square image: the inverse of `patchify`."""
+    """(B, P, C*s*s) -> (B, C, H, W) of a square image: the inverse of `patchify`."""
     side = int(patches.shape[1] ** 0.5)
-    x = patches.reshape(len(patches), side, side, 3, patch_size, patch_size)  # (B, h, w, 3, s, s)
+    channels = patches.shape[2] // patch_size**2
+    x = patches.reshape(len(patches), side, side, channels, patch_size, patch_size)  # (B, h, w, C, s, s)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -1,0 +1,8 @@
+"""Diffusion and flow matching on latents: processes, samplers and guidance. The network is passed in."""
+
+from texttok_cli.diffusion.guidance import Guidance, parse_cfg
+from texttok_cli.diffusion.process import Process, build_process
+from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, SampleRng
+from texttok_cli.diffusion.sampling import sample
+
+__all__ = ["FITTING", "SAMPLERS", "Guidance", "Process", "SampleRng", "build_process", "parse_cfg", "sample"]

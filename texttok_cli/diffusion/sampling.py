@@ -1,0 +1,113 @@
+"""Latents drawn from a generator: the network, guidance and a sampler put together.
+
+Letters: B batch, N tokens, d latent channels, S side of a feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from texttok_cli.config.schema import DDPM, Flow, GeneratorConfig
+from texttok_cli.diffusion.guidance import Guidance
+from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
+from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, Denoiser, SampleRng
+from texttok_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from texttok_cli.models.condition import Condition
+
+
+class Prepared(Protocol):
+    """A network on one batch at the times of a schedule."""
+
+    def __call__(self, x: Tensor, step: int, *, null: bool = False) -> Tensor:
+        """Noisy latents (B, ...) -> raw output; with `null` that under the null condition behind it, (2B, ...)."""
+
+
+class Network(Protocol):
+    """What sampling asks of a generator; models.dit.DiT is one."""
+
+    cfg: GeneratorConfig
+    latent_shape: tuple[int, ...]
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def prepare(self, times: Tensor, class_ids: Tensor | None = None, cond: Condition | None = None, *, null: bool) -> Prepared:
+        """For one batch at the times (steps,)."""
+
+    def destandardize(self, x: Tensor) -> Tensor:
+        """From the network's latents to raw ones."""
+
+
+@torch.no_grad()
+def sample(
+    dit: Network,
+    process_cfg: DDPM | Flow,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    class_ids: Tensor | None = None,
+    cond: Condition | None = None,
+    guide: Network | None = None,
+    autocast: bool = False,
+) -> Tensor:
+    """Raw latents (B, N, d), of a feature map (B, d, S, S), float32 on the model's device: one of each seed.
+
+    `class_ids` (B,) or `cond` (B, T, C) are on that device. With `guide`, a weaker model of the same kind, guidance goes away
+    from its conditional prediction instead of from the null condition's (autoguidance, Karras et al., 2024).
+    `autocast` runs the networks in bf16; the latents stay float32. Raises RecipeError for a sampler that isn't the process's,
+    a number of steps it can't take and a guide of another kind.
+    """
+    fitting = FITTING[process_cfg.kind]
+    if sampler not in fitting:
+        raise RecipeError(f"sampler {sampler!r} is none of those of a {process_cfg.kind} model: {', '.join(fitting)}")
+    if guide is not None:
+        _check_guide(dit, guide)
+    process = build_process(process_cfg)
+    schedule = process.schedule(steps)
+    weights = [guidance.weight(fraction) for fraction in schedule.fractions]
+    device = dit.latent_mean.device
+    rng = SampleRng(seeds, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        times = torch.tensor(schedule.times, device=device)
+        guided = any(weight != 1 for weight in weights)
+        network = dit.prepare(times, class_ids, cond, null=guided and guide is None)
+        other = guide.prepare(times, class_ids, cond, null=False) if guide is not None and guided else None
+        denoise = _denoiser(network, other, process, schedule, weights)
+        x = SAMPLERS[sampler](denoise, rng.normal(dit.latent_shape), schedule, rng)
+    return dit.destandardize(x)
+
+
+def _denoiser(network: Prepared, other: Prepared | None, process: Process, schedule: Schedule, weights: Sequence[float]) -> Denoiser:
+    """The guided network as what samplers call. Where the weight is 1 only the conditional pass runs."""
+
+    def denoise(x: Tensor, i: int) -> Denoised:
+        weight = weights[i]
+        if weight == 1:
+            return process.denoised(*split_output(network(x, i).float(), x), x, schedule, i)
+        if other is None:
+            output, reference = network(x, i, null=True).float().chunk(2)
+        else:
+            output, reference = network(x, i).float(), other(x, i).float()
+        prediction, variance = split_output(output, x)  # the variance stays the conditional one
+        baseline, _ = split_output(reference, x)
+        return process.denoised(baseline + weight * (prediction - baseline), variance, x, schedule, i)
+
+    return denoise
+
+
+def _check_guide(dit: Network, guide: Network) -> None:
+    """RecipeError unless both see the same latents, process and conditions, however they were trained."""
+    training_only = {"dropout", "null_tokens", "learned_sigma", "time", "shift"}
+    for part in ("latents", "process", "condition"):
+        ours, theirs = (getattr(model.cfg, part).model_dump(exclude=training_only) for model in (dit, guide))
+        if ours != theirs:
+            raise RecipeError(f"guide: its {part} is {theirs}, the generator's {ours}; it must be a generator of the same kind")
+    if not (torch.equal(dit.latent_mean, guide.latent_mean) and torch.equal(dit.latent_std, guide.latent_std)):
+        raise RecipeError("guide: it was trained on latents with other statistics; both must be trained on the same ones")
