@@ -13,10 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from texttok_cli.baselines import load_baseline
 from texttok_cli.data import to_tensor
-from texttok_cli.errors import CheckpointError, DataError
+from texttok_cli.errors import BackendError, CheckpointError, DataError
 
 # Mean PSNR (dB) over 24 images of 256 x 256, floats clamped to [0, 1], as measured with diffusers' own class.
-KODAK = {"taesd": ("taesd", 23.55), "taesdxl": ("taesd_xl", 23.11), "taesd3": ("taesd_3", 27.07), "taef1": ("taesd_f", 25.59)}
+KODAK = {
+    "taesd": ("taesd.safetensors", 23.55),
+    "taesdxl": ("taesd_xl.safetensors", 23.11),
+    "taesd3": ("taesd_3.safetensors", 27.07),
+    "taef1": ("taesd_f.safetensors", 25.59),
+    "taef2": (".", 28.58),  # the folder of taef2_encoder.pth and taef2_decoder.pth
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,10 @@ def kodak(folder: Path) -> torch.Tensor:
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("name", ["taesd", "taesd3"])  # one of each number of channels; 20 s each on a slow core
+@pytest.mark.parametrize("name", ["taesd", "taesd3", "taef2"])  # one of each number of channels; 20 s each on a slow core
 def test_kodak(name: str, shared: Path) -> None:
     file, expected = KODAK[name]
-    model = load_baseline(f"baseline:{name}={shared}/weights/{file}.safetensors")
+    model = load_baseline(f"baseline:{name}={shared / 'weights' / file}")
     images = kodak(shared / "data/kodak")
     assert len(images) == 24
     values = []
@@ -83,13 +89,23 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
     part = {name: tensor for name, tensor in load_file(weights).items() if name != "encoder.layers.0.weight"}
     save_file(part, tmp_path / "part.safetensors")
     (tmp_path / "other").write_bytes(b"something else")
+    broken, mixed = tmp_path / "broken", tmp_path / "mixed"
+    for folder, files in ((broken, {"encoder": None, "decoder": None}), (mixed, {"encoder": "encoder", "decoder": "encoder"})):
+        folder.mkdir()
+        for half, source in files.items():
+            data = b"something else" if source is None else (weights.parent / f"taef2_{source}.pth").read_bytes()
+            (folder / f"taesd_{half}.pth").write_bytes(data)
     for model, what in (
         ("baseline:none", "there are baseline:taesd, baseline:taesdxl"),
         ("baseline:taesd", r"baseline:taesd=FILE\.safetensors \(published as madebyollin/taesd"),
         (f"baseline:taesd={tmp_path}/nothing", "no such file"),
         (f"baseline:taesd={tmp_path}/other", "not the weights"),
         (f"baseline:taesd={tmp_path}/part.safetensors", "not the weights"),
+        (f"baseline:taef2={tmp_path}", r"taef2_encoder\.pth: no such file"),
+        (f"baseline:taef1={weights.parent}", r"taef1_encoder\.pth: no such file"),
+        (f"baseline:taesd={broken}", r"taesd_encoder\.pth: not a file of PyTorch weights"),
+        (f"baseline:taesd={mixed}", "not the weights"),
     ):
-        with pytest.raises(CheckpointError, match=what) as error:
+        with pytest.raises((CheckpointError, BackendError), match=what) as error:
             load_baseline(model)
         assert "\n" not in str(error.value)

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from texttok_cli import inference
+from texttok_cli.checkpoint import save_tokenizer
 from texttok_cli.commands import eval_subject
+from texttok_cli.commands.sample_folder import SampleFolder
 from texttok_cli.errors import BackendError
 from texttok_cli.inference import load_tokenizer
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.inception import Features
+from texttok_cli.models.tokenizer import TexTok
 
 Draw = Callable[..., Path]
 Run = Callable[..., Any]
@@ -174,6 +177,30 @@ def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) ->
     assert outcome.code == 1 and "other.png: no reference of that name" in outcome.err
 
 
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_samples_of_texttok_sample_say_how_they_were_made(kind: str, texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
+    """The run's folder, or its images alone: the same number, and a card that nobody had to write."""
+    made_by = {"sampler": "ddim", "steps": 50, "cfg": "1.5", "labels": "proportional", "generator": "dit", "generator_sha256": "e" * 64}
+    run = SampleFolder(tmp_path / "run", 6, {"format": kind, "images": 6, "precision": "fp32", **made_by})
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run.add(range(4), images[:4])
+    run.record(lambda i: {"seed": 7 + i, **made_by})
+    options = ("eval", "--metric", "gfid", "--ref", pictures, "--json", "--samples")
+    assert "4 of 6 samples are there" in texttok(*options, tmp_path / "run").err
+    run.add(range(4, 6), images[4:])
+    run.record(lambda i: {"seed": 7 + i, **made_by})
+    run.finish(labels=[0] * 6, columns=3)
+    whole = texttok(*options, tmp_path / "run")
+    alone = texttok(*options, tmp_path / "run" / ("images" if kind == "png" else "samples.npz"), "--note", "labels=random")
+    assert numbers(whole) == numbers(alone)
+    card, other = (json.loads(outcome.out)["results"][0]["card"] for outcome in (whole, alone))
+    assert (card["sampler"], card["steps"], card["guidance"], card["seed"], card["precision"]) == ("ddim", "50", "1.5", "7 to 12", "fp32")
+    assert card["model_sha256"] == other["model_sha256"] == "e" * 64 and card["samples"] == "run"
+    assert card["labels"].startswith("in proportion") and other["labels"] == "random"
+    (tmp_path / "run/settings.json").write_text("{}")  # another program's
+    assert json.loads(texttok(*options, next((tmp_path / "run").glob("[is]*[sz]"))).out)["results"][0]["card"]["sampler"] is None
+
+
 def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
     outcome = texttok("eval", "--metric", "psnr,ssim", "--samples", samples, "--ref", samples)
     assert outcome.code == 0 and "not finite" in outcome.out and "some images equal their originals" in outcome.err
@@ -195,11 +222,17 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "psnr", "--samples", "{samples}", "--ref", "{nothing}"), "no such file"),
         (("--metric", "psnr,kid", "--samples", "{samples}", "--ref", "{samples}"), "kid: needs 1,000 samples or more"),
         (("--metric", "is", "--samples", "{samples}", "--offline"), "InceptionV3 (FID) weights with the 1008-way head"),
-        (("--compare", "{nothing}"), "one report alone"),
+        (("--compare", "{nothing}"), "nothing: No such file"),
         (("--samples", "{samples}", "--ref", "{samples}", "-n", "3"), "--images is about what a model reconstructs"),
         (("--protocol", "t2i", "--samples", "{samples}", "--ref", "{samples}", "--resize", "clean"), "resizes by tf1-bilinear"),
-        (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl", "--data", "{pictures}"), "no such file"),
+        (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl"), "plain: takes no captions"),
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--size", "64"), "plain takes images of 32 pixels only"),
+        (("--samples", "{samples}", "--ref", "{samples}", "--model", "text"), "--model is about what a model reconstructs"),
+        (("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/plain.safetensors"), "plain.safetensors: is there twice"),
+        (
+            ("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/text.safetensors", "--save-samples", "x.npz"),
+            "--save-samples is of one model's images",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -231,6 +264,7 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
         return out
 
     plain, text = measure("plain"), measure("text")
+    assert "plain.json: one report alone" in texttok("eval", "--compare", plain).err
     alike = texttok("eval", "--compare", plain, "--compare", text)
     assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "unlike" not in alike.out + alike.err
     other = measure("other", "-n", 4)
@@ -240,11 +274,70 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
     assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference", "reference_sha256"}
 
 
+# ------------------------------------------------------------------ several models
+
+
+def test_several_models_are_one_table_and_one_report(texttok: Run, models: Path, pictures: Path, tmp_path: Path, fake: None) -> None:
+    """Each number is the one of that model alone; the report holds them one after the other, and comparing takes it apart."""
+    options = ("eval", "--metric", "psnr,rfid", "--data", pictures)
+    alone = [numbers(texttok(*options, "-m", models / f"{name}.safetensors", "--json")) for name in ("plain", "text")]
+    out = tmp_path / "twins.json"
+    both = texttok(*options, "-m", models / "plain.safetensors", "-m", models / "text.safetensors", "-o", out)
+    assert both.code == 0 and len(both.out.splitlines()) == 6
+    assert all(word in both.out.splitlines()[0] for word in ("plain", "text")) and f"{alone[1]['psnr']:.4f}" in both.out
+    assert "plain: rfid: 6 samples" in both.err and "text: rfid: 6 samples" in both.err
+    results = json.loads(out.read_text())["results"]
+    assert [(result["card"]["samples"], result["metric"]) for result in results] == [
+        ("plain", "psnr"), ("plain", "rfid"), ("text", "psnr"), ("text", "rfid")
+    ]  # fmt: skip
+    assert [result["value"] for result in results] == pytest.approx(
+        [alone[0]["psnr"], alone[0]["rfid"], alone[1]["psnr"], alone[1]["rfid"]]
+    )
+    assert [(card["tokens"], card["channels"], card["text"]) for card in (results[0]["card"], results[2]["card"])] == [
+        (4, 8, None), (4, 8, "caption: first caption")
+    ]  # fmt: skip
+    compared = texttok("eval", "--compare", out)
+    assert compared.code == 0 and "twins: plain" in compared.out and "twins: text" in compared.out
+
+
+def test_a_second_model_goes_on_where_it_was(
+    texttok: Run, models: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one's pass, which was whole, is not done again."""
+    options = ("eval", "--metric", "psnr", "-m", models / "plain.safetensors", "-m", models / "text.safetensors", "--data", pictures)
+    options = (*options, "-b", 2, "--json", "-o", tmp_path / "out/report.json")
+    decode, seen = inference.Tokenizer.decode, []
+
+    def stop(self: inference.Tokenizer, *args: Any) -> torch.Tensor:
+        seen.append(self.info.name)
+        if len(seen) == 5:
+            raise BackendError("the machine went away")
+        return decode(self, *args)
+
+    monkeypatch.setattr(inference.Tokenizer, "decode", stop)
+    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    assert texttok(*options).code == 1
+    second = texttok(*options)
+    assert second.code == 0 and "going on from image 6" in second.err and "going on from image 2" in second.err
+    assert seen == ["plain"] * 3 + ["text"] * 4
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_models_of_other_sizes_are_refused(texttok: Run, models: Path, pictures: Path, tmp_path: Path) -> None:
+    cfg = load_tokenizer(models / "plain.safetensors").cfg.model_copy(update={"image_size": 64})
+    save_tokenizer(tmp_path / "large.safetensors", TexTok(cfg), training={})
+    outcome = texttok(
+        "eval", "--metric", "psnr", "-m", models / "plain.safetensors", "-m", tmp_path / "large.safetensors", "--data", pictures
+    )
+    assert outcome.code == 1 and "plain takes images of 32 pixels and large of 64" in outcome.err
+
+
 # ------------------------------------------------------------------ several processes
 
 
 def test_two_processes_find_what_one_does(models: Path, pictures: Path, tmp_path: Path) -> None:
-    command = ["eval", "--metric", "psnr,ssim", "-m", models / "text.safetensors", "--data", pictures, "-b", "2", "-q", "-o"]
+    twins = ["-m", models / "text.safetensors", "-m", models / "plain.safetensors"]
+    command = ["eval", "--metric", "psnr,ssim", *twins, "--data", pictures, "-b", "2", "-q", "--html", tmp_path / "page.html", "-o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     found = []
@@ -253,6 +346,7 @@ def test_two_processes_find_what_one_does(models: Path, pictures: Path, tmp_path
         arguments = [sys.executable, *launcher, "-m", "texttok_cli", *map(str, command), str(out)]
         subprocess.run(arguments, check=True, env=environment, capture_output=True)
         found.append(json.loads(out.read_text()))
+    assert len(found[0]["results"]) == 4
     for one, two in zip(found[0]["results"], found[1]["results"], strict=True):
         assert one["value"] == pytest.approx(two["value"], rel=1e-6) and one["card"] == two["card"]
 

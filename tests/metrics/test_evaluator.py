@@ -108,6 +108,31 @@ def test_every_image_goes_through_the_network_once(fake: None) -> None:
     assert isinstance(evaluator.inception, FakeInception) and evaluator.inception.seen == 50
 
 
+def test_several_models_share_the_references_features(fake: None) -> None:
+    """Two processes, two models: each number as if its model had been alone, and every original seen once."""
+    metrics = ["fid", "is", "precision", "psnr"]
+    originals = Drawn(40, 0)
+    made = [lambda images, indices: images // 2, lambda images, indices: 255 - images]
+    alone = [scores(Work(None, originals, paired=True, reconstruct=one), metrics, 8) for one in made]
+    found, seen = [], []
+    for rank in range(2):
+        first = Evaluator(metrics)
+        evaluators = [first, first.against_the_same()]
+        for evaluator, one in zip(evaluators, made, strict=True):
+            for batch in Work(None, originals, paired=True, reconstruct=one, rank=rank, size=2).batches(7):
+                evaluator.update(batch)
+        assert evaluators[1].inception is first.inception and isinstance(first.inception, FakeInception)
+        seen.append(first.inception.seen)
+        found.append(evaluators)
+    assert seen == [60, 60]  # 20 originals and 20 reconstructions of each of two models
+    for one, other in zip(*found, strict=True):
+        one.evidence.merge(other.evidence)
+    for evaluator, expected in zip(found[0], alone, strict=True):
+        assert {name: value for name, (value, _) in evaluator.compute().items()} == pytest.approx(expected, rel=1e-6)
+    state = found[0][1].evidence.state()
+    assert "psnr/values" in state and not any(name.startswith("references/") for name in state)
+
+
 @pytest.mark.parametrize("n", [1, 7, 12])
 def test_processes_share_all_images_and_none_twice(n: int) -> None:
     work = [Work(Drawn(n, 0), Drawn(5, 1), paired=False, rank=rank, size=4) for rank in range(4)]

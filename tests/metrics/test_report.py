@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.report import MUST_AGREE, Card, Report, compare, load_report, make_result, save_report, versions
+from texttok_cli.metrics.report import MUST_AGREE, Card, Report, by_samples, compare, load_report, make_result, save_report, versions
 
 BASE = {
     "rule": "a rule",
@@ -28,6 +28,7 @@ BASE = {
     "n_reference": 188,
     "text": None,
     "captions_truncated": None,
+    "captions_sha256": "d" * 64,
     "labels": None,
     "seed": None,
     "sampler": None,
@@ -52,6 +53,19 @@ def test_small_sets_are_warned_of() -> None:
     assert report(enough=188).results[0].warnings == []
     assert report(enough=189).results[0].warnings == ["188 samples and 188 references: too few"]
     assert report(enough=189, n=500, n_reference=None).results[0].warnings == []
+
+
+def test_a_report_of_several_models_is_taken_apart() -> None:
+    parts = [report(), report(2.5, model_sha256="c" * 64), report(3.5, samples="model-b")]
+    whole = Report(results=[result for part in parts for result in part.results])
+    assert by_samples(whole) == parts and by_samples(parts[0]) == parts[:1] and by_samples(Report(results=[])) == []
+
+
+def test_numbers_are_readable() -> None:
+    result = report(23.45678).results[0]
+    assert result.readable() == "23.4568"
+    assert result.model_copy(update={"spread": 0.5}).readable() == "23.4568 ± 0.5000"
+    assert report(math.nan).results[0].readable() == "not finite"
 
 
 def test_what_is_not_finite_is_no_number(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from texttok_cli.baselines.sd_vae import SDVAE
 from texttok_cli.baselines.taesd import TinyAutoencoder
 from texttok_cli.errors import CheckpointError
 
-__all__ = ["BASELINES", "SDVAE", "TinyAutoencoder", "load_baseline"]
+__all__ = ["BASELINES", "PREFIX", "SDVAE", "TinyAutoencoder", "load_baseline"]
 
 PREFIX = "baseline:"
 # Where the weights are published, by name.
@@ -19,12 +19,14 @@ BASELINES = {
     "taesdxl": "madebyollin/taesdxl",
     "taesd3": "madebyollin/taesd3",
     "taef1": "madebyollin/taef1",
+    "taef2": "madebyollin/taef2",
     "sd-vae": "stabilityai/sd-vae-ft-ema",
 }
 
 
 def load_baseline(model: str, *, device: torch.device | str = "cpu", offline: bool = False) -> TinyAutoencoder | SDVAE:
-    """Of `baseline:NAME=FILE`, where FILE is a .safetensors with diffusers' names; for sd-vae a hub name or a local folder.
+    """Of `baseline:NAME=FILE`: a .safetensors with diffusers' names, or the folder of NAME_encoder.pth and NAME_decoder.pth;
+    for sd-vae a hub name or a local folder.
 
     CheckpointError or BackendError says what is wrong.
     """

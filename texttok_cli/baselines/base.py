@@ -26,6 +26,7 @@ class Baseline:
     text_condition: ClassVar[None] = None
     precision: ClassVar[str] = "fp32"
     info: BaselineInfo
+    channels: int  # of a latent
 
     def check_size(self, images: Tensor) -> None:
         """DataError for images (B, 3, H, W) with a side that 8 does not divide."""

@@ -40,6 +40,7 @@ class SDVAE(Baseline):
             raise CheckpointError(f"{where}: not a diffusers AutoencoderKL ({type(err).__name__})") from None
         self.device = torch.device(device)
         self.model.eval().requires_grad_(False).to(self.device)
+        self.channels: int = self.model.config.latent_channels
         self.info = BaselineInfo(name, sha256_file(folder / FILES[1]))
 
     @torch.inference_mode()
@@ -66,3 +67,22 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
     except (OSError, HFValidationError) as err:  # the hub's own errors are OSErrors
         reason = type(err).__name__
         raise BackendError(f"{repo}: neither a folder nor to be had from the hub ({reason}): give a local folder") from None
+
+
+def untrained_sd_vae() -> torch.nn.Module:
+    """The network of SD-VAE-f8 (stabilityai/sd-vae-ft-ema's configuration, 84 M parameters) with random weights, to time it.
+
+    Raises BackendError if diffusers is not installed.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise BackendError("SD-VAE-f8: diffusers is not installed: pip install diffusers") from None
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""`texttok eval`: measure a tokenizer or samples, and compare reports."""
+"""`texttok eval`: measure tokenizers or samples, and compare reports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from texttok_cli.commands.eval_subject import Subject, of_model, of_samples
+from texttok_cli.commands.eval_gallery import pick_examples
+from texttok_cli.commands.eval_report import compare_reports, make_report, print_report, write_page
+from texttok_cli.commands.eval_subject import Subject, load_models, of_models, of_samples
 from texttok_cli.commands.options import (
     BatchSizeOption,
     DebugOption,
     DeviceOption,
     JsonOption,
-    ModelOption,
     OfflineOption,
     OutOption,
     PrecisionOption,
@@ -27,24 +28,23 @@ from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
-    from texttok_cli.baselines import SDVAE, TinyAutoencoder
-    from texttok_cli.inference import Tokenizer
     from texttok_cli.metrics.evaluator import Batch, Evaluator
     from texttok_cli.metrics.processes import Processes
-    from texttok_cli.metrics.report import Card, Report, Row
 
 DEFAULT_METRICS = {"reconstruction": ("rfid", "psnr", "ssim"), "generation": ("fid",)}
-BASELINE_SIZE = 256
 NOTES = ("labels", "seed", "sampler", "steps", "guidance")
 
 
 def eval_(
     metric: Annotated[str | None, typer.Option(help="Names, separated by commas: rfid,psnr,...; an unknown one lists them all.")] = None,
     protocol: Annotated[ProtocolName | None, typer.Option(help="One of the paper's evaluations: what it measures, and on what.")] = None,
-    model: ModelOption = "texttok-32-128",
-    size: Annotated[int | None, typer.Option(min=8, help="Side of the images, for --model baseline:NAME=FILE, which takes any.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", metavar="M", help="As `texttok encode` takes it, or baseline:NAME=FILE; repeatable."),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side of the images, if every --model is a baseline, which takes any.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Images to reconstruct: a folder, manifest or shard; repeatable.")] = None,
-    samples: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="Samples that are there already, in place of a model.")] = None,
+    samples: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="Samples that are there, as of `texttok sample`.")] = None,
     ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="What --samples are compared with: images or statistics.")] = None,
     images: Annotated[int | None, typer.Option("--images", "-n", min=2, help="Take so many of --data, at even distances.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl of --data or --samples.")] = None,
@@ -59,6 +59,8 @@ def eval_(
     save_stats: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples' statistics, as ADM's files.")] = None,
     save_samples: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples as an ADM batch.")] = None,
     compare: Annotated[list[Path] | None, typer.Option(help="Compare reports instead; repeatable.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page: table, cards, and images by their PSNR.")] = None,
+    gallery: Annotated[int, typer.Option(min=1, help="How many best, median and worst images --html shows, each.")] = 3,
     out: OutOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
@@ -70,37 +72,39 @@ def eval_(
 ) -> None:
     """Measure how well images are reconstructed, or how good samples are.
 
-    Without --data and --samples the model reconstructs a small set of pictures that comes with the package. With -o the report
-    goes to a file, every number with its protocol card, and the same command goes on where an interrupted run was.
-    --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their cards are unlike.
-    Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
+    Without --model it is the bundled texttok-32-128; without --data and --samples it reconstructs a small set of pictures that
+    comes with the package. With -o the report goes to a file, every number with its protocol card, and the same command goes on
+    where an interrupted run was. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their
+    cards are unlike. Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
-    from texttok_cli.inference import pick_device
+    from texttok_cli.inference import DEFAULT_MODEL, pick_device
     from texttok_cli.metrics.clip import ClipScorer
     from texttok_cli.metrics.evaluator import Evaluator
     from texttok_cli.metrics.processes import Processes
-    from texttok_cli.metrics.registry import check_names, uses_clip
+    from texttok_cli.metrics.registry import uses_clip
+    from texttok_cli.metrics.report import save_report
 
     if compare:
         if out is not None:
             raise DataError(f"-o {out}: --compare writes no file; its table goes to stdout, or as JSON with --json")
-        _compare(compare, as_json=json)
+        compare_reports(compare, html, as_json=json)
         return
     fixed = PROTOCOLS[protocol] if protocol else None
-    names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None)
-    check_names(names)
-    processes = Processes()
-    where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))
     if fixed is not None and resize != fixed.resize:
         raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
+    names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
+    processes = Processes()
+    where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))
     if samples is not None:
-        _refuse_with_samples({"--data": data, "--images": images, "--size": size, "--no-caption": no_caption or None})
-        subject = of_samples(samples, ref, names, captions=captions, caption_field=caption_field)
+        of_model = {"--model": model, "--data": data, "--images": images, "--size": size, "--no-caption": no_caption or None}
+        _refuse(of_model, "is about what a model reconstructs; it does not go with --samples")
+        subjects = [of_samples(samples, ref, names, captions=captions, caption_field=caption_field)]
     elif ref is not None:
         raise DataError("--ref goes with --samples; a model's references are the images that it reconstructs")
     else:
-        subject = of_model(
-            *_model(model, size, device=where, precision=precision, offline=offline),
+        subjects = of_models(
+            load_models(model or [DEFAULT_MODEL], device=where, precision=precision, offline=offline),
+            size,
             data,
             names,
             limit=images or (fixed.images if fixed else None),
@@ -108,11 +112,14 @@ def eval_(
             caption_field=caption_field,
             no_caption=no_caption,
         )
-    subject.card = _card(subject, fixed, protocol, split, note or [])
-    _check_images_suffice(names, subject, statistics=save_stats is not None)
-    evaluator = Evaluator(
+    if len(subjects) > 1:
+        _refuse({"--save-stats": save_stats, "--save-samples": save_samples}, "is of one model's images: give one --model with it")
+    for subject in subjects:
+        subject.card = _card(subject, fixed, protocol, split, note or [])
+        _check_images_suffice(names, subject, statistics=save_stats is not None)
+    first = Evaluator(
         names,
-        given=subject.given,
+        given=subjects[0].given,
         resize=resize,
         inception=inception,
         clip=ClipScorer(clip, clip_weights, device=where, offline=offline) if uses_clip(names) else None,
@@ -120,56 +127,52 @@ def eval_(
         device=where,
         offline=offline,
     )
-    with _writer(save_samples, subject, processes) as write:
-        state = None if out is None or write is not None else out.with_name(f".{out.name}.state-{processes.rank}-of-{processes.size}")
-        truncated = _measure(evaluator, subject, processes, state=state, write=write, batch_size=batch_size, quiet=quiet)
+    evaluators = [first, *(first.against_the_same() for _ in subjects[1:])]
+    states = _states(None if save_samples else out, len(subjects), processes)
+    with _writer(save_samples, subjects[0], processes) as write:
+        for evaluator, subject, state in zip(evaluators, subjects, states, strict=True):
+            more = subject is not subjects[-1]
+            _measure(evaluator, subject, processes, state=state, more=more, write=write, batch_size=batch_size, quiet=quiet)
+    truncated = processes.merge(evaluators)
     if processes.rank == 0:
+        report = make_report(evaluators, subjects, truncated)
+        if out is not None:
+            save_report(out, report)
         if save_stats is not None:
-            _save_statistics(save_stats, evaluator)
-        _finish(_report(evaluator, subject, truncated), subject, out, quiet=quiet, as_json=json)
-    if state is not None:
-        state.unlink(missing_ok=True)
+            _save_statistics(save_stats, first)
+        if html is not None:
+            write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
+        print_report(report, subjects, {"out": out, "html": html}, quiet=quiet, as_json=json)
+    for state in states:
+        if state is not None:
+            state.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ what was asked for
 
 
-def _refuse_with_samples(options: Mapping[str, object | None]) -> None:
+def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, statistics: bool, page: bool) -> list[str]:
+    """The metrics, checked; a page's images are chosen by their PSNR, so it brings that along wherever there are pairs."""
+    from texttok_cli.metrics.registry import check_names, uses_pairs
+
+    if metric is not None:
+        names = list(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
+    elif fixed is not None:
+        names = list(fixed.metrics)
+    else:
+        names = [] if statistics else list(DEFAULT_METRICS["generation" if generated else "reconstruction"])
+    check_names(names)
+    return [*names, "psnr"] if page and "psnr" not in names and (not generated or uses_pairs(names)) else names
+
+
+def _refuse(options: Mapping[str, object | None], why: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise DataError(f"{given[0]} is about what a model reconstructs; it does not go with --samples")
-
-
-def _model(
-    model: str, size: int | None, *, device: str, precision: Literal["fp32", "bf16"], offline: bool
-) -> tuple[Tokenizer | TinyAutoencoder | SDVAE, int]:
-    """The tokenizer or baseline, and the side of the images it is measured on."""
-    if model.startswith("baseline:"):
-        from texttok_cli.baselines import load_baseline
-
-        if precision != "fp32":
-            raise DataError(f"{model}: baselines compute in fp32 only; leave out --precision")
-        return load_baseline(model, device=device, offline=offline), size or BASELINE_SIZE
-    from texttok_cli.inference import load_tokenizer
-
-    tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
-    if size not in (None, tokenizer.cfg.image_size):
-        raise DataError(f"--size {size}: {tokenizer.info.name} takes images of {tokenizer.cfg.image_size} pixels only")
-    return tokenizer, tokenizer.cfg.image_size
-
-
-def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, statistics: bool) -> list[str]:
-    if metric is not None:
-        return list(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
-    if fixed is not None:
-        return list(fixed.metrics)
-    if statistics:
-        return []
-    return list(DEFAULT_METRICS["generation" if generated else "reconstruction"])
+        raise DataError(f"{given[0]} {why}")
 
 
 def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split: str | None, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known of the samples; --split and --note win over what the protocol says of both."""
+    """What is known of the samples, completed by the protocol; --split and --note win over both."""
     card = dict.fromkeys(("model_sha256", "reference_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
     if fixed is not None:
         if fixed.task != subject.task:
@@ -181,7 +184,7 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
             )
         if subject.task == "reconstruction" and card["split"] is not None:
             raise DataError(f"--protocol {protocol} needs --data: the sample set that comes with the package is not the paper's")
-        card |= {"split": fixed.split, "labels": fixed.labels}
+        card |= {"split": fixed.split, "labels": card["labels"] or fixed.labels}
     if split is not None:
         card["split"] = split
     for entry in notes:
@@ -209,7 +212,15 @@ def _check_images_suffice(names: Sequence[str], subject: Subject, *, statistics:
     check_images(names, n=len(subject.measured.ids), n_reference=counted, side=subject.measured.size)
 
 
-# ------------------------------------------------------------------ the pass
+# ------------------------------------------------------------------ the passes
+
+
+def _states(out: Path | None, passes: int, processes: Processes) -> list[Path | None]:
+    """Where each pass of this process keeps what it has seen, beside the report."""
+    if out is None:
+        return [None] * passes
+    numbers = ["", *(f".{number}" for number in range(2, passes + 1))]
+    return [out.with_name(f".{out.name}{number}.state-{processes.rank}-of-{processes.size}") for number in numbers]
 
 
 def _measure(
@@ -218,16 +229,17 @@ def _measure(
     processes: Processes,
     *,
     state: Path | None,
+    more: bool,
     write: Callable[[Batch], None] | None,
     batch_size: int,
     quiet: bool,
-) -> int:
-    """See every image; returns how many captions CLIP could not read to their end."""
+) -> None:
+    """See every image of one subject."""
     from texttok_cli.console import progress, say
     from texttok_cli.metrics.evaluator import Work
     from texttok_cli.metrics.processes import run_pass
 
-    references = subject.references if evaluator.evidence.references.wants_images or subject.paired else None
+    references = subject.references if evaluator.evidence.wants_references or subject.paired else None
     work = Work(
         subject.samples, references, subject.paired, subject.captions, subject.reconstruct, rank=processes.rank, size=processes.size
     )
@@ -242,7 +254,7 @@ def _measure(
         "texts": hashlib.sha256(repr((subject.texts, subject.captions)).encode()).hexdigest(),
     }
     with progress(quiet=quiet or processes.rank > 0) as bar:
-        task = bar.add_task("measuring", total=len(work), note="")
+        task = bar.add_task("measuring", total=len(work), note=subject.card["samples"])
 
         def on_resume(done: int) -> None:
             if not quiet:
@@ -254,8 +266,7 @@ def _measure(
                 write(batch)
             bar.advance(task, len(batch))
 
-        run_pass(evaluator, work, batch_size=batch_size, state=state, identity=identity, on_resume=on_resume, on_batch=on_batch)
-    return processes.merge(evaluator)
+        run_pass(evaluator, work, batch_size=batch_size, state=state, identity=identity, on_resume=on_resume, on_batch=on_batch, more=more)
 
 
 @contextmanager
@@ -287,110 +298,3 @@ def _save_statistics(path: Path, evaluator: Evaluator) -> None:
 
     samples = evaluator.evidence.samples
     write_statistics(path, {"pool": samples.gaussian("pool"), "spatial": samples.gaussian("spatial")})
-
-
-# ------------------------------------------------------------------ the report
-
-
-def _report(evaluator: Evaluator, subject: Subject, truncated: int) -> Report:
-    from texttok_cli.metrics.registry import METRICS
-    from texttok_cli.metrics.report import Report, make_result
-
-    results = []
-    protocol = subject.card["protocol"]
-    wanted = None if protocol is None else PROTOCOLS[protocol].images
-    for name, (value, spread) in evaluator.compute().items():
-        card = _result_card(name, evaluator, subject, truncated)
-        result = make_result(name, value, spread, card, enough=METRICS[name].enough, why=METRICS[name].why)
-        if wanted is not None and card.n != wanted:
-            warning = f"{card.n:,} images: protocol {protocol} is of {wanted:,}"
-            result = result.model_copy(update={"warnings": [*result.warnings, warning]})
-        results.append(result)
-    return Report(results=results)
-
-
-def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: int) -> Card:
-    from texttok_cli.metrics.registry import METRICS
-    from texttok_cli.metrics.report import Card, versions
-
-    metric, references = METRICS[name], subject.references if METRICS[name].reference else None
-    network, sha256 = evaluator.networks.get(metric.network if metric.network != "lpips" else name, (None, None))
-    given = next((subject.given[need] for need in metric.needs if need in subject.given), None)
-    n_reference = given.n if given is not None else None if references is None else len(references.ids)
-    said = subject.card if metric.reference else subject.card | dict.fromkeys(("reference", "reference_sha256", "split"))
-    return Card(
-        **said,
-        rule=metric.rule,
-        task=subject.task,
-        size=subject.measured.size,
-        crop=None if references is None or given is not None else references.crop,
-        resize=evaluator.resize if metric.network == "inception" else None,
-        network=network,
-        network_sha256=sha256,
-        n=len(subject.measured.ids),
-        n_reference=n_reference,
-        captions_truncated=truncated if metric.network == "clip" else None,
-        versions=versions(),
-    )
-
-
-def _finish(report: Report, subject: Subject, out: Path | None, *, quiet: bool, as_json: bool) -> None:
-    from texttok_cli.console import emit, say
-    from texttok_cli.metrics.report import save_report
-
-    if out is not None:
-        save_report(out, report)
-    for result in report.results:
-        for warning in result.warnings:
-            if not quiet:
-                say(f"{result.metric}: {warning}")
-    if as_json:
-        emit(report.model_dump(mode="json"), as_json=True)
-        return
-    summary: dict[str, Any] = {result.metric: _readable(result.value, result.spread) for result in report.results}
-    summary |= {"of": subject.card["samples"], "against": subject.card["reference"] or "no references", "images": len(subject.measured.ids)}
-    emit(summary | ({"out": str(out)} if out is not None else {}), as_json=False)
-
-
-def _readable(value: float | None, spread: float | None) -> str:
-    number = "not finite" if value is None else f"{value:.4f}"
-    return number if spread is None else f"{number} ± {spread:.4f}"
-
-
-def _compare(paths: Sequence[Path], *, as_json: bool) -> None:
-    """A table on stdout; on stderr what is unlike. Exit code 1 then, as such numbers don't say which is better."""
-    from texttok_cli.console import emit, say
-    from texttok_cli.metrics.report import compare, load_report
-
-    if len(paths) < 2:
-        raise DataError(f"--compare {paths[0]}: one report alone; give --compare twice or more")
-    rows = compare([load_report(path) for path in paths])
-    if as_json:
-        emit({"reports": [str(path) for path in paths], "rows": [_row_json(row) for row in rows]}, as_json=True)
-    else:
-        _print_table(paths, rows)
-    for row in rows:
-        for name, values in row.unlike.items():
-            say(f"{row.metric}: unlike {name}: {' | '.join(map(str, values))}")
-    if any(row.unlike for row in rows):
-        raise typer.Exit(1)
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    values = [None if result is None else result.value for result in row.results]
-    return {"metric": row.metric, "values": values, "unlike": sorted(row.unlike)}
-
-
-def _print_table(paths: Sequence[Path], rows: Sequence[Row]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from texttok_cli.console import stdout
-
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for name in ("", *(path.stem for path in paths)):
-        table.add_column(Text(name))
-    for row in rows:
-        values = ["" if result is None else _readable(result.value, result.spread) for result in row.results]
-        table.add_row(Text(row.metric + (" (unlike)" if row.unlike else "")), *map(Text, values))
-    stdout.print(table)

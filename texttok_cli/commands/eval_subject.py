@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from texttok_cli.commands.eval_run import sample_run
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from texttok_cli.metrics.sources import Images
     from texttok_cli.metrics.statistics import Gaussian
 
+Model: TypeAlias = "Tokenizer | TinyAutoencoder | SDVAE"
 SAMPLE_SET = "emoji128-val.tar"  # comes with the package
+BASELINE_SIZE = 256
 
 
 @dataclass
@@ -45,9 +48,27 @@ class Subject:
         return images
 
 
-def of_model(
-    tokenizer: Tokenizer | TinyAutoencoder | SDVAE,
-    size: int,
+def load_models(models: Sequence[str], *, device: str, precision: Literal["fp32", "bf16"], offline: bool) -> list[Model]:
+    """The tokenizers and baselines, all different."""
+    from texttok_cli.baselines import PREFIX, load_baseline
+    from texttok_cli.inference import load_tokenizer
+
+    loaded: list[Model] = []
+    for name in models:
+        if not name.startswith(PREFIX):
+            loaded.append(load_tokenizer(name, device=device, precision=precision, offline=offline))
+        elif precision != "fp32":
+            raise DataError(f"{name}: baselines compute in fp32 only; leave out --precision")
+        else:
+            loaded.append(load_baseline(name, device=device, offline=offline))
+        if loaded[-1].info.sha256 in [model.info.sha256 for model in loaded[:-1]]:
+            raise DataError(f"--model {name}: is there twice")
+    return loaded
+
+
+def of_models(
+    models: Sequence[Model],
+    size: int | None,
     data: Sequence[str] | None,
     metrics: Sequence[str],
     *,
@@ -55,47 +76,96 @@ def of_model(
     captions: Path | None,
     caption_field: str | None,
     no_caption: bool,
-) -> Subject:
-    """Images of `data` (None: the sample set of the package), cropped by ADM's rule to `size`, and their reconstructions."""
+) -> list[Subject]:
+    """Images of `data` (None: the sample set of the package), cropped by ADM's rule, and what each model reconstructs of them.
+
+    The side of the crop is the models' own; baselines take the others', or `size`.
+    """
     from texttok_cli.data import open_dataset
     from texttok_cli.inference import PRETRAINED, texts_for
     from texttok_cli.metrics.registry import uses_clip
     from texttok_cli.metrics.sources import FileImages
 
-    if no_caption and captions is not None and not uses_clip(metrics):
+    clip = uses_clip(metrics)
+    if no_caption and captions is not None and not clip:
         raise DataError("--captions and --no-caption exclude each other")
+    if captions is not None and not clip and all(model.text_condition is None for model in models):
+        raise DataError(f"{models[0].info.name}: takes no captions, and no metric reads them: leave out --captions")
+    side = _common_size(models, size)
     dataset = _evenly(open_dataset(data or [PRETRAINED / SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
-    condition = tokenizer.text_condition
-    if condition is None and captions is not None and not uses_clip(metrics):
-        raise DataError(f"{tokenizer.info.name}: takes no captions, and no metric reads them: leave out --captions")
-    texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
-    source = _caption_source(captions, caption_field)
-    text = None if condition is None else "none (--no-caption)" if no_caption else f"{condition.source}: {source}"
-    card = {
-        "samples": tokenizer.info.name,
-        "model_sha256": tokenizer.info.sha256,
+    originals = FileImages(dataset, crop_to=side)
+    common: dict[str, Any] = {
         "reference": _names(data or [SAMPLE_SET]),
+        "reference_sha256": originals.identity(),
         "uint8": "rounds half up",
-        "text": text,
-        "precision": tokenizer.precision,
     }
     if not data:
-        card["split"] = "val"
+        common["split"] = "val"
+    compared = _captions(dataset) if clip else None
+    subjects = []
+    for model in models:
+        condition = model.text_condition
+        texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
+        source = "none (--no-caption)" if no_caption else _caption_source(captions, caption_field)
+        card = (
+            common
+            | _latents(model, side)
+            | {
+                "samples": model.info.name,
+                "model_sha256": model.info.sha256,
+                "text": None if condition is None else source if no_caption else f"{condition.source}: {source}",
+                "precision": model.precision,
+            }
+        )
+        reconstruct = _reconstruction(model, texts)
+        subjects.append(
+            Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts, reconstruct=reconstruct)
+        )
+    return subjects
 
+
+def _common_size(models: Sequence[Model], size: int | None) -> int:
+    """The side of the images that all models are measured on; DataError names two that differ."""
+    from texttok_cli.inference import Tokenizer
+
+    own = [(model.info.name, model.cfg.image_size) for model in models if isinstance(model, Tokenizer)]
+    if not own:
+        return size or BASELINE_SIZE
+    name, side = own[0]
+    if size not in (None, side):
+        raise DataError(f"--size {size}: {name} takes images of {side} pixels only")
+    for other, other_side in own[1:]:
+        if other_side != side:
+            raise DataError(
+                f"{name} takes images of {side} pixels and {other} of {other_side}: measure them apart, and --compare the reports"
+            )
+    return side
+
+
+def _latents(model: Model, side: int) -> dict[str, Any]:
+    """What the card says of the tokens that an image with this side becomes."""
+    from texttok_cli.baselines.base import FACTOR
+    from texttok_cli.inference import Tokenizer
+
+    if not isinstance(model, Tokenizer):
+        return {"tokens": (side // FACTOR) ** 2, "channels": model.channels}
+    kind = {"channels": model.cfg.latent_dim} if model.num_codes is None else {"codes": model.num_codes}
+    return {"tokens": model.cfg.num_tokens, **kind}
+
+
+def _reconstruction(model: Model, texts: Sequence[str] | None) -> Callable[[Tensor, Sequence[int]], Tensor]:
     def reconstruct(images: Tensor, indices: Sequence[int]) -> Tensor:
         chosen = None if texts is None else [texts[index] for index in indices]
-        return tokenizer.decode(tokenizer.encode(images, chosen), chosen)
+        return model.decode(model.encode(images, chosen), chosen)
 
-    originals = FileImages(dataset, crop_to=size)
-    card["reference_sha256"] = originals.identity()
-    compared = _captions(dataset) if uses_clip(metrics) else None
-    return Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts, reconstruct=reconstruct)
+    return reconstruct
 
 
 def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None) -> Subject:
     """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
 
-    If a metric compares pairs, each sample belongs to the reference of its name (of its position, if either is an .npz).
+    Of the folder that `texttok sample` wrote the card learns how they were made. If a metric compares pairs, each sample belongs
+    to the reference of its name (of its position, if either is an .npz).
     """
     from texttok_cli.data import open_dataset
     from texttok_cli.files import sha256_file
@@ -103,7 +173,9 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
 
     paired = uses_pairs(metrics)
-    card = {"samples": _names([samples]), "reference": _names([ref]) if ref else None, "uint8": "as stored"}
+    name = _names([samples])
+    samples, made_by = sample_run(samples)
+    card = made_by | {"samples": name, "reference": _names([ref]) if ref else None, "uint8": "as stored"}
     if samples.endswith(".npz"):
         found: Images = NpzImages(Path(samples))
         texts = _captions_of_npz(found, captions) if uses_clip(metrics) else None

@@ -6,6 +6,7 @@ Letters: n images, B batch, S image side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -75,12 +76,21 @@ class Evaluator:
         # Name and sha256 of the weights of every network in use: `inception`, `clip`, and the perceptual ones by their metric.
         self.networks = self._networks()
 
+    def against_the_same(self) -> Evaluator:
+        """One for other samples. It shares the networks and the references, whose features only this one sees."""
+        other = copy(self)
+        other.clip = copy(self.clip)  # it counts the captions of its samples
+        other.evidence = Evidence(Side(self.needs), self.evidence.references, set(self.evidence.by_image), borrowed=True)
+        return other
+
     def update(self, batch: Batch) -> None:
         """Take in a batch."""
         samples = None if batch.samples is None else batch.samples.to(self.device)
         references = None if batch.references is None else batch.references.to(self.device)
-        for side, images in ((self.evidence.samples, samples), (self.evidence.references, references)):
-            if images is not None and side.wants_images:
+        found = self.evidence
+        seen = ((found.samples, samples, found.samples.wants_images), (found.references, references, found.wants_references))
+        for side, images, wanted in seen:
+            if images is not None and wanted:
                 assert self.inception is not None
                 side.update(batch.indices, self.inception(images))
         if samples is not None and references is not None:

@@ -107,17 +107,26 @@ class Side:
 
 
 class Evidence:
-    """Both sides, and values by image (`psnr`, `lpips-vgg`, ...) under their names."""
+    """Both sides, and values by image (`psnr`, `lpips-vgg`, ...) under their names.
 
-    def __init__(self, samples: Side, references: Side, names: Set[str]) -> None:
-        self.samples, self.references = samples, references
+    `borrowed` references belong to another evidence, which sees, merges and saves them.
+    """
+
+    def __init__(self, samples: Side, references: Side, names: Set[str], *, borrowed: bool = False) -> None:
+        self.samples, self.references, self.borrowed = samples, references, borrowed
         self.by_image = {name: Rows() for name in sorted(names)}
         self.manifolds: tuple[float, float] | None = None  # precision and recall, which come out of one computation
+
+    @property
+    def wants_references(self) -> bool:
+        """Whether the features of references have to be seen."""
+        return self.references.wants_images and not self.borrowed
 
     def merge(self, other: Evidence) -> None:
         """Take in what another process found about other images."""
         self.samples.merge(other.samples)
-        self.references.merge(other.references)
+        if not self.borrowed:
+            self.references.merge(other.references)
         for name, rows in self.by_image.items():
             rows.merge(other.by_image[name])
 
@@ -131,7 +140,7 @@ class Evidence:
             part.load(_below(state, name))
 
     def _parts(self) -> dict[str, Side | Rows]:
-        return {"samples": self.samples, "references": self.references, **self.by_image}
+        return {"samples": self.samples, **({} if self.borrowed else {"references": self.references}), **self.by_image}
 
 
 def _prefixed(parts: Mapping[str, RunningGaussian | Rows | Side]) -> dict[str, Tensor]:

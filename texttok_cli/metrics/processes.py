@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,20 @@ class Processes:
             raise DataError(f"process {local + 1} of this machine has no GPU of its own ({gpus} here): start as many processes as GPUs")
         return f"cuda:{local}"
 
-    def merge(self, evaluator: Evaluator) -> int:
-        """Bring what all processes found into the first one's evaluator. Returns there how many captions CLIP cut off, of all."""
-        truncated = 0 if evaluator.clip is None else evaluator.clip.truncated
+    def merge(self, evaluators: Sequence[Evaluator]) -> list[int]:
+        """Bring what all processes found into the first one's evaluators. Returns there how many captions CLIP cut off for each, of all."""
+        truncated = [_truncated(evaluator) for evaluator in evaluators]
         if self.size == 1:
             return truncated
         # What was found is on the CPU, wherever it was computed; the first to be done waits for the last.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object((evaluator.evidence, truncated), found)
+        dist.gather_object([(evaluator.evidence, count) for evaluator, count in zip(evaluators, truncated, strict=True)], found)
         dist.destroy_process_group()
-        for evidence, count in (found or [])[1:]:
-            evaluator.evidence.merge(evidence)
-            truncated += count
+        for others in (found or [])[1:]:
+            for number, (evidence, count) in enumerate(others):
+                evaluators[number].evidence.merge(evidence)
+                truncated[number] += count
         return truncated
 
 
@@ -61,8 +62,9 @@ def run_pass(
     identity: Mapping[str, Any],
     on_resume: Callable[[int], None],
     on_batch: Callable[[Batch], None],
+    more: bool = False,
 ) -> None:
-    """See all of the work; with a `state` file go on from it, and save to it from time to time.
+    """See all of the work; with a `state` file go on from it, and save to it from time to time, and at the end if `more` passes follow.
 
     `on_resume` learns how many images were seen before. A state of another evaluation (its `identity` differs) is DataError:
     it may hold hours of somebody's work.
@@ -77,10 +79,14 @@ def run_pass(
         evaluator.update(batch)
         done += len(batch)
         on_batch(batch)
-        if state is not None and time.monotonic() - saved > SAVE_EVERY:
-            header = {"identity": identity, "done": done, "truncated": 0 if evaluator.clip is None else evaluator.clip.truncated}
+        if state is not None and (time.monotonic() - saved > SAVE_EVERY or (more and done == len(work))):
+            header = {"identity": identity, "done": done, "truncated": _truncated(evaluator)}
             save_safetensors(state, evaluator.evidence.state(), header)
             saved = time.monotonic()
+
+
+def _truncated(evaluator: Evaluator) -> int:
+    return 0 if evaluator.clip is None else evaluator.clip.truncated
 
 
 def _restore(evaluator: Evaluator, state: Path, identity: Mapping[str, Any]) -> int:

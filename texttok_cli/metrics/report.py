@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -35,6 +36,7 @@ MUST_AGREE = (
     "network_sha256",
     "n",
     "n_reference",
+    "captions_sha256",
     "labels",
 )
 
@@ -60,12 +62,16 @@ class Card(Config):
     n_reference: int | None
     text: str | None  # what conditioned the model, or was compared with the samples
     captions_truncated: int | None  # by CLIP
+    captions_sha256: str | None = None  # of the captions that the samples are compared with, in any order
     labels: str | None
     seed: str | None
     sampler: str | None
     steps: str | None
     guidance: str | None
     precision: str | None  # of the model; the networks that measure compute in float32
+    tokens: int | None = None  # that the model makes of an image
+    channels: int | None = None  # numbers in each of them; None for a VQ model's
+    codes: int | None = None  # that each of them is one of, for a VQ model
     versions: dict[str, str]
 
 
@@ -78,9 +84,14 @@ class Result(Config):
     card: Card
     warnings: list[str] = Field(default_factory=list)
 
+    def readable(self) -> str:
+        """The number as a person reads it, with its spread if it has one."""
+        number = "not finite" if self.value is None else f"{self.value:.4f}"
+        return number if self.spread is None else f"{number} ± {self.spread:.4f}"
+
 
 class Report(Config):
-    """The numbers of one evaluation."""
+    """The numbers of one evaluation: of one model or set of samples, or of several one after the other."""
 
     texttok_report: int = FORMAT
     results: list[Result]
@@ -103,6 +114,11 @@ def versions() -> dict[str, str]:
     return {"texttok": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def captions_sha256(captions: Sequence[str]) -> str:
+    """Hex digest of a set of captions."""
+    return hashlib.sha256(json.dumps(sorted(captions)).encode()).hexdigest()
+
+
 def save_report(path: Path, report: Report) -> None:
     """Write it as JSON, atomically."""
     write_json(path, report.model_dump(mode="json"))
@@ -119,6 +135,14 @@ def load_report(path: Path) -> Report:
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a report (no JSON object)")
     return parse_header(value, Report, key="texttok_report", version=FORMAT, path=path, error=DataError)
+
+
+def by_samples(report: Report) -> list[Report]:
+    """A report for each model or set of samples, which their cards name."""
+    found: dict[tuple[str, str | None], list[Result]] = {}
+    for result in report.results:
+        found.setdefault((result.card.samples, result.card.model_sha256), []).append(result)
+    return [Report(results=results) for results in found.values()]
 
 
 @dataclass(frozen=True, slots=True)

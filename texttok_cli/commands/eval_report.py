@@ -1,0 +1,156 @@
+"""The report of `texttok eval`: made, printed, written as a page, and compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from texttok_cli.commands.eval_subject import Subject
+from texttok_cli.errors import DataError
+from texttok_cli.metrics.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    from texttok_cli.bench.eval_page import Example
+    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.report import Card, Report, Result, Row
+
+
+def make_report(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], truncated: Sequence[int]) -> Report:
+    """Every number with its card, one subject after the other; `truncated` captions of each could CLIP not read to their end."""
+    from texttok_cli.metrics.report import Report
+
+    found = zip(evaluators, subjects, truncated, strict=True)
+    return Report(results=[result for evaluator, subject, cut in found for result in _results(evaluator, subject, cut)])
+
+
+def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Result]:
+    from texttok_cli.metrics.registry import METRICS
+    from texttok_cli.metrics.report import make_result
+
+    results = []
+    protocol = subject.card["protocol"]
+    wanted = None if protocol is None else PROTOCOLS[protocol].images
+    for name, (value, spread) in evaluator.compute().items():
+        card = _result_card(name, evaluator, subject, truncated)
+        result = make_result(name, value, spread, card, enough=METRICS[name].enough, why=METRICS[name].why)
+        if wanted is not None and card.n != wanted:
+            warning = f"{card.n:,} images: protocol {protocol} is of {wanted:,}"
+            result = result.model_copy(update={"warnings": [*result.warnings, warning]})
+        results.append(result)
+    return results
+
+
+def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: int) -> Card:
+    from texttok_cli.metrics.registry import METRICS
+    from texttok_cli.metrics.report import Card, captions_sha256, versions
+
+    metric, references = METRICS[name], subject.references if METRICS[name].reference else None
+    network, sha256 = evaluator.networks.get(metric.network if metric.network != "lpips" else name, (None, None))
+    given = next((subject.given[need] for need in metric.needs if need in subject.given), None)
+    n_reference = given.n if given is not None else None if references is None else len(references.ids)
+    said = subject.card if metric.reference else subject.card | dict.fromkeys(("reference", "reference_sha256", "split"))
+    return Card(
+        **said,
+        rule=metric.rule,
+        task=subject.task,
+        size=subject.measured.size,
+        crop=None if references is None or given is not None else references.crop,
+        resize=evaluator.resize if metric.network == "inception" else None,
+        network=network,
+        network_sha256=sha256,
+        n=len(subject.measured.ids),
+        n_reference=n_reference,
+        captions_sha256=captions_sha256(subject.captions) if metric.network == "clip" and subject.captions is not None else None,
+        captions_truncated=truncated if metric.network == "clip" else None,
+        versions=versions(),
+    )
+
+
+def print_report(report: Report, subjects: Sequence[Subject], written: Mapping[str, Path | None], *, quiet: bool, as_json: bool) -> None:
+    """Say its warnings, and print it: a line a number, or a table of several models; then which files were written."""
+    from texttok_cli.console import emit, say
+    from texttok_cli.metrics.report import by_samples, compare
+
+    several = len(subjects) > 1
+    for result in [] if quiet else report.results:
+        of = f"{result.card.samples}: " if several else ""
+        for warning in result.warnings:
+            say(f"{of}{result.metric}: {warning}")
+    if as_json:
+        emit(report.model_dump(mode="json"), as_json=True)
+        return
+    first, summary = subjects[0], dict[str, Any]()
+    if several:
+        print_table([subject.card["samples"] for subject in subjects], compare(by_samples(report)))
+    else:
+        summary = {result.metric: result.readable() for result in report.results} | {"of": first.card["samples"]}
+    summary |= {"against": first.card["reference"] or "no references", "images": len(first.measured.ids)}
+    emit(summary | {name: str(path) for name, path in written.items() if path is not None}, as_json=False)
+
+
+def write_page(path: Path, report: Report, examples: Sequence[Example]) -> None:
+    """The HTML page of one evaluation, written atomically."""
+    from texttok_cli.metrics.report import by_samples
+
+    reports = by_samples(report)
+    _write_page(path, list(map(_name, reports)), reports, examples)
+
+
+def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) -> None:
+    """A table on stdout; on stderr what is unlike. Exit code 1 then, as such numbers don't say which is better."""
+    from texttok_cli.console import emit, say
+    from texttok_cli.metrics.report import by_samples, compare, load_report
+
+    parts = [(path, by_samples(load_report(path))) for path in paths]
+    reports = [part for _, found in parts for part in found]
+    if len(reports) < 2:
+        raise DataError(f"--compare {paths[0]}: one report alone; give --compare twice or more")
+    names = [path.stem if len(found) == 1 else f"{path.stem}: {_name(part)}" for path, found in parts for part in found]
+    rows = compare(reports)
+    if html is not None:
+        _write_page(html, names, reports, [])
+    if as_json:
+        emit({"reports": names, "rows": [_row_json(row) for row in rows]}, as_json=True)
+    else:
+        print_table(names, rows)
+    for row in rows:
+        for name, values in row.unlike.items():
+            say(f"{row.metric}: unlike {name}: {' | '.join(map(str, values))}")
+    if any(row.unlike for row in rows):
+        raise typer.Exit(1)
+
+
+def print_table(names: Sequence[str], rows: Sequence[Row]) -> None:
+    """A row for each metric, a column for each report. Rich's tables are no wider than the terminal, and cut names."""
+    from rich.text import Text
+
+    from texttok_cli.console import stdout
+
+    lines = [["", *names]]
+    for row in rows:
+        lines.append(
+            [row.metric + " (unlike)" * bool(row.unlike), *("" if result is None else result.readable() for result in row.results)]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        stdout.print(Text("    ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+
+
+def _write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:
+    from texttok_cli.bench.eval_page import eval_page
+    from texttok_cli.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(eval_page(names, reports, examples), encoding="utf-8")
+
+
+def _name(report: Report) -> str:
+    return report.results[0].card.samples
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    values = [None if result is None else result.value for result in row.results]
+    return {"metric": row.metric, "values": values, "unlike": sorted(row.unlike)}
