@@ -41,7 +41,9 @@ class DiT(nn.Module):
         grid = isinstance(latents, GridLatents)
         channels = latents.channels if isinstance(latents, GridLatents) else latents.latent_dim
         self.patch_size = latents.patch_size if isinstance(latents, GridLatents) else None
-        self.latent_shape = (channels, latents.size, latents.size) if isinstance(latents, GridLatents) else (latents.num_tokens, channels)
+        self.latent_shape: tuple[int, ...] = (
+            (channels, latents.size, latents.size) if isinstance(latents, GridLatents) else (latents.num_tokens, channels)
+        )
         features = channels * (self.patch_size or 1) ** 2
         predictions = 2 if isinstance(cfg.process, DDPM) and cfg.process.learned_sigma else 1
         self.embed = nn.Linear(features, dim)

@@ -1,0 +1,56 @@
+"""Classes by name, and which of them a set of samples has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from texttok_cli.errors import DataError
+
+
+def find_class(asked: str | int, names: Sequence[str] | None, num_classes: int) -> int:
+    """The id of a class by its name, by the part of it behind the last `/`, or by the id itself.
+
+    `names` are in the order of ids, None if there are none. DataError for a class that isn't there and for a part that several share.
+    """
+    name, known = str(asked), names or []
+    if name in known:
+        return known.index(name)
+    if name.isdecimal():
+        if int(name) < num_classes:
+            return int(name)
+        raise DataError(f"class {name}: the ids are 0 to {num_classes - 1}")
+    bare = [i for i, whole in enumerate(known) if _bare(whole) == name]
+    if len(bare) > 1:
+        raise DataError(f"class {name!r} is ambiguous: {' or '.join(known[i] for i in bare)}")
+    if not bare:
+        raise DataError(f"no class {name!r}: {_nearest(name, known, num_classes)}")
+    return bare[0]
+
+
+def spread_labels(weights: Sequence[int], n: int) -> list[int]:
+    """n class ids: of each as many as its weight's share, to the nearest whole number, and evenly mixed.
+
+    Mixed, because some evaluators take scores over consecutive blocks of images.
+    """
+    total = sum(weights)
+    counts = [n * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(n * weights[i] % total), i))
+    for i in by_remainder[: n - sum(counts)]:
+        counts[i] += 1
+    return [i for _, i in sorted(((k + 0.5) / count, i) for i, count in enumerate(counts) for k in range(count))]
+
+
+def _bare(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _nearest(name: str, known: Sequence[str], num_classes: int) -> str:
+    """What to say of a class that isn't there."""
+    if not known:
+        return f"this generator has no names, give an id from 0 to {num_classes - 1}"
+    by_bare = {_bare(whole): whole for whole in known}
+    close = difflib.get_close_matches(name, [*known, *by_bare], n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(dict.fromkeys(by_bare.get(match, match) for match in close))}?"
+    return f"there are {num_classes}, such as {', '.join(known[:3])}"

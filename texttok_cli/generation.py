@@ -1,0 +1,289 @@
+"""From a class or a prompt to an image: a generator, the tokenizer whose latents it makes, and captions for the detokenizer.
+
+    from texttok_cli import load_generator
+
+    generator = load_generator("class-32-128")                     # bundled, or a path, or hf://owner/name
+    images = generator.sample(classes=["flower/sunflower"], seeds=range(8), steps=50, cfg="3.8:power-cosine=4")
+
+Letters: B batch, S image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from texttok_cli.checkpoint import GeneratorInfo, caption_hash, load_generator_file
+from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
+from texttok_cli.data.labels import find_class, spread_labels
+from texttok_cli.data.texts import UnseenCaptions
+from texttok_cli.diffusion import FITTING, Guidance, parse_cfg, sample
+from texttok_cli.errors import CheckpointError, DataError
+from texttok_cli.files import sha256_file
+from texttok_cli.inference import CLASS_TEXT, Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
+from texttok_cli.models.dit import DiT
+from texttok_cli.text import EmbeddingCache, load_text_encoder
+
+BUNDLED = {"class": "class-32-128", "text": "t2i-32-128"}  # by what they are conditioned on; recipes tiny/NAME
+CAPTIONS_SUFFIX = ".captions.jsonl"  # beside a generator's file: NAME.captions.jsonl
+Asked = TypeVar("Asked", str, str | int)
+
+MAX_SEED = 2**32 - 1  # all that torch's generator on the CPU tells apart
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to make: with how it is sampled, all that the image depends on."""
+
+    seed: int
+    class_id: int | None = None  # of a class model
+    text: str | None = None  # a text model's prompt; of a class model the caption that the detokenizer reads
+    leaked: bool = False  # whether that caption stands in the generator's training data
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How latents are drawn."""
+
+    sampler: str
+    steps: int
+    guidance: Guidance
+
+
+class Generator:
+    """A DiT, the tokenizer it was trained with, and what they need to know of text."""
+
+    def __init__(
+        self,
+        dit: DiT,
+        info: GeneratorInfo,
+        tokenizer: Tokenizer,
+        *,
+        text: EmbeddingCache | None,
+        captions: UnseenCaptions | None,
+        guide: tuple[DiT, GeneratorInfo] | None,
+        precision: Literal["fp32", "bf16"],
+    ) -> None:
+        self.dit, self.info, self.tokenizer, self.text, self.captions, self.precision = dit, info, tokenizer, text, captions, precision
+        self.guide: DiT | None = None if guide is None else guide[0]
+        self.guide_info: GeneratorInfo | None = None if guide is None else guide[1]
+        self._trained_on = set(info.train_captions.tolist())
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of a class model; None for a text model."""
+        condition = self.dit.cfg.condition
+        return condition.num_classes if isinstance(condition, ClassLabels) else None
+
+    @property
+    def truncated(self) -> int:
+        """Texts so far that were longer than a text encoder takes."""
+        encoders = {id(cache): cache for cache in (self.text, self.tokenizer.text) if cache is not None}
+        return sum(cache.truncated for cache in encoders.values())
+
+    def sample(
+        self,
+        *,
+        classes: str | int | Sequence[str | int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int = 50,
+        cfg: str = "1.5",
+        sampler: str | None = None,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Images uint8 (n, 3, S, S) on the CPU, one for each class or prompt; one class or prompt alone is for all seeds.
+
+        A class is its name (`flower/sunflower`, or `sunflower` if no other has that name) or id. Seeds are 0, 1, ... unless given;
+        the same seed gives the same image in any batch. `cfg` is the guidance: `1.5`, `3.8:power-cosine=4`, `1.8:interval=0,0.7`.
+
+        Raises DataError for conditions that the model doesn't take, RecipeError for a sampling that can't be.
+        """
+        wanted = self.requests(classes=_listed(classes), prompts=_listed(prompts), seeds=seeds)
+        how = self.sampling(sampler, steps, cfg)
+        return torch.cat([self.generate(wanted[i : i + batch_size], how) for i in range(0, len(wanted), batch_size)])
+
+    def requests(
+        self, *, classes: Sequence[str | int] | None = None, prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[Request]:
+        """What `sample` will be asked for, with ids and captions settled. Raises as `sample` does."""
+        if (classes is None) == (prompts is None):
+            raise DataError("give classes to a class model or prompts to a text-to-image model")
+        conditions = list(classes or prompts or [])
+        if len(conditions) == 1 and seeds is not None:
+            conditions *= len(seeds)
+        seeds = range(len(conditions)) if seeds is None else seeds
+        if not conditions or len(conditions) != len(seeds):
+            raise DataError(f"{len(conditions)} classes or prompts and {len(seeds)} seeds: give as many of each, at least one")
+        if not all(0 <= seed <= MAX_SEED for seed in seeds):
+            raise DataError(f"a seed is a whole number from 0 to {MAX_SEED}, these go from {min(seeds)} to {max(seeds)}")
+        if prompts is not None:
+            return self._prompted([str(prompt) for prompt in conditions], seeds)
+        ids = {asked: self.class_id(asked) for asked in dict.fromkeys(conditions)}
+        return [self._of_class(ids[asked], seed) for asked, seed in zip(conditions, seeds, strict=True)]
+
+    def sampling(self, sampler: str | None, steps: int, cfg: str) -> Sampling:
+        """With the process's default sampler if None. RecipeError for a cfg that can't be read."""
+        return Sampling(sampler or FITTING[self.dit.cfg.process.kind][0], steps, parse_cfg(cfg))
+
+    def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
+        """One batch: images uint8 (B, 3, S, S) on the CPU."""
+        device, texts = self.tokenizer.device, [request.text or "" for request in requests]
+        class_ids = [request.class_id for request in requests]
+        z = sample(
+            self.dit,
+            self.dit.cfg.process,
+            sampler=how.sampler,
+            steps=how.steps,
+            guidance=how.guidance,
+            seeds=[request.seed for request in requests],
+            class_ids=None if self.num_classes is None else torch.tensor(class_ids, device=device),
+            cond=None if self.text is None else self.text(texts).to(device),
+            guide=self.guide,
+            autocast=self.precision == "bf16",
+        )
+        # The detokenizer reads the same texts: their embeddings are in the cache that both share.
+        return self.tokenizer.decode(z, None if self.tokenizer.text_condition is None else texts)
+
+    def labels(self, rule: Literal["equal", "proportional"], n: int) -> list[int]:
+        """n class ids, of each class equally many or as its part of the training images is; see `spread_labels`.
+
+        DataError for a text model, and for a file that does not say how many images its classes had.
+        """
+        if self.num_classes is None:
+            raise DataError(f"{self.info.name}: is a text-to-image model: give it prompts, not labels")
+        if rule == "equal":
+            return spread_labels([1] * self.num_classes, n)
+        counts = self.info.header.class_counts
+        if counts is None:
+            raise DataError(f"{self.info.name}: its file does not say how many training images each class had: take --labels equal")
+        return spread_labels(counts, n)
+
+    def class_id(self, asked: str | int) -> int:
+        """Of a name or an id. DataError for an unknown or ambiguous one, and for a text model."""
+        if self.num_classes is None:
+            raise DataError(f"{self.info.name}: is a text-to-image model: give it prompts, not classes")
+        return find_class(asked, self.info.header.classes, self.num_classes)
+
+    def class_name(self, class_id: int) -> str:
+        """As in the generator's file; of one without names the id."""
+        return str(class_id) if self.info.header.classes is None else self.info.header.classes[class_id]
+
+    def _prompted(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
+        if self.num_classes is not None:
+            raise DataError(f"{self.info.name}: is a class model ({self.num_classes} classes): give it classes, not prompts")
+        return [Request(seed, text=prompt) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def _of_class(self, class_id: int, seed: int) -> Request:
+        text = self._detokenizer_text(self.class_name(class_id), seed)
+        return Request(seed, class_id, text, leaked=text is not None and caption_hash(text) in self._trained_on)
+
+    def _detokenizer_text(self, class_name: str, seed: int) -> str | None:
+        """Sec. 3.2: only the class enters the generator; the detokenizer gets an unseen caption of that class."""
+        condition = self.tokenizer.text_condition
+        if condition is None:
+            return None
+        if condition.source == "class_text":
+            return CLASS_TEXT.format(class_name.rpartition("/")[2])
+        if self.captions is None:
+            raise DataError(
+                f"{self.info.name}: its detokenizer reads a caption of the class, and there is no list of them beside its file"
+                f" ({self.info.name}{CAPTIONS_SUFFIX}): give one with --captions, made by `texttok caption --unseen-per-class`"
+            )
+        return self.captions.draw(class_name, seed)
+
+
+def load_generator(
+    model: str | Path = BUNDLED["class"],
+    *,
+    tokenizer: str | Path | None = None,
+    captions: Path | None = None,
+    guide: str | Path | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    offline: bool = False,
+) -> Generator:
+    """A generator by bundled name, path or `hf://owner/name`, with its tokenizer, ready to sample.
+
+    The tokenizer is found by its hash among the bundled ones and beside the generator's file, else `tokenizer` names it.
+    `captions` is a list of unseen captions in the place of the one beside the file; `guide` a weaker generator for autoguidance.
+
+    Raises CheckpointError for a model that is not there, not whole or not of this generator, BackendError for a device or text
+    encoder that isn't.
+    """
+    where, file = pick_device(device), find_model(model, offline=offline)
+    dit, info = load_generator_file(file, device=where)
+    if not isinstance(dit.cfg.latents, TokenLatents):
+        raise CheckpointError(f"{info.name}: makes feature maps, and texttok has the tokenizers of tokens only")
+    weaker = None if guide is None else load_generator_file(find_model(guide, offline=offline), device=where)
+    if weaker is not None:
+        _check_guide(info, weaker[1])
+    found = _find_tokenizer(info, file) if tokenizer is None else find_model(tokenizer, offline=offline)
+    decoder = load_tokenizer(found, device=device, precision=precision, offline=offline)
+    if decoder.info.sha256 != info.header.tokenizer_sha256:
+        raise CheckpointError(
+            f"{info.name}: makes the latents of {_tokenizer_of(info)}, not of {_named(decoder.info.name, decoder.info.sha256)}"
+        )
+    text, condition = decoder.text, dit.cfg.condition
+    if not isinstance(condition, Prompt):
+        text = None
+    elif text is None or text.config != condition.encoder:
+        text = EmbeddingCache(load_text_encoder(condition.encoder, device=where, offline=offline))
+    if captions is not None and (text is not None or decoder.text_condition is None):
+        raise DataError(f"{info.name}: its detokenizer reads no captions of classes: leave out --captions")
+    beside = file.with_name(file.stem + CAPTIONS_SUFFIX)
+    unseen = captions or (beside if beside.is_file() else None)
+    bank = None if unseen is None else UnseenCaptions(unseen)
+    return Generator(dit, info, decoder, text=text, captions=bank, guide=weaker, precision=precision)
+
+
+def bundled_generator(condition: Literal["class", "text"]) -> str:
+    """The name of the bundled generator that takes classes, or prompts. CheckpointError if none comes with this texttok."""
+    name = BUNDLED[condition]
+    if name not in bundled_models():
+        kind = {"class": "class-conditional", "text": "text-to-image"}[condition]
+        raise CheckpointError(
+            f"no {kind} generator comes with this texttok ({name} is missing): name a file with --model, or `texttok train tiny/{name}`"
+        )
+    return name
+
+
+def _find_tokenizer(info: GeneratorInfo, file: Path) -> Path:
+    candidates = [*bundled_models().values(), *sorted(file.parent.glob("*.safetensors"))]
+    candidates.sort(key=lambda path: path.stem != info.header.tokenizer_name)  # the likely one first: hashing takes a while
+    for path in dict.fromkeys(candidates):
+        if sha256_file(path) == info.header.tokenizer_sha256:
+            return path
+    raise CheckpointError(
+        f"{info.name}: makes the latents of {_tokenizer_of(info)}, which is neither bundled nor beside its file: give it with --tokenizer"
+    )
+
+
+def _check_guide(info: GeneratorInfo, guide: GeneratorInfo) -> None:
+    """CheckpointError for a guide of other latents or classes; `diffusion.sample` checks the rest."""
+    ours, theirs = info.header, guide.header
+    if theirs.tokenizer_sha256 != ours.tokenizer_sha256:
+        raise CheckpointError(
+            f"{guide.name}: can't guide {info.name}: it makes the latents of {_tokenizer_of(guide)}, not of {_tokenizer_of(info)}"
+        )
+    if theirs.classes != ours.classes:
+        raise CheckpointError(f"{guide.name}: can't guide {info.name}: it was trained on other classes")
+
+
+def _tokenizer_of(info: GeneratorInfo) -> str:
+    return _named(info.header.tokenizer_name, info.header.tokenizer_sha256)
+
+
+def _named(name: str, sha256: str) -> str:
+    return f"tokenizer {name} (sha256 {sha256[:12]}...)"
+
+
+def _listed(value: Asked | Sequence[Asked] | None) -> list[Asked] | None:
+    if value is None:
+        return None
+    return [value] if isinstance(value, str | int) else list(value)
