@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.config.schema import Recipe, TextCondition
+from texttok_cli.config.schema import TokenizerRecipe, TextCondition
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import build_optimizers
@@ -52,7 +52,7 @@ def main() -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _step(recipe: Recipe) -> Callable[[], None]:
+def _step(recipe: TokenizerRecipe) -> Callable[[], None]:
     torch.manual_seed(0)
     model = TexTok(recipe.model)
     optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)

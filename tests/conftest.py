@@ -21,9 +21,9 @@ TINY = {"image_size": 32, "patch_size": 8, "num_tokens": 4, "latent_dim": 8, "ba
 TEXT = {"source": "caption", "encoder": {"kind": "hash", "dim": 16, "max_tokens": 24}}
 
 
-def _save(path: Path, seed: int, condition: dict[str, object]) -> Path:
+def _save(path: Path, seed: int, condition: dict[str, object], **config: object) -> Path:
     torch.manual_seed(seed)
-    model = TexTok(TokenizerConfig.model_validate({**TINY, "condition": condition})).eval()
+    model = TexTok(TokenizerConfig.model_validate({**TINY, "condition": condition, **config})).eval()
     with torch.no_grad():  # far enough from the initial near-zeros that every input shows in the output
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def save_model() -> Callable[..., Path]:
-    """Write a tiny model: (path, seed, condition)."""
+    """Write a tiny model: (path, seed, condition, other sections of its configuration)."""
     return _save
 
 

@@ -1,14 +1,17 @@
 """Model files: round trip, and refusal of whatever is not one."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_generator import BY_CLASS, CLASSES, save_tiny_generator
 
-from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
+from texttok_cli.checkpoint import caption_hash, load_generator_file, load_tokenizer_file, read_tokenizer_info, save_tokenizer
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
+from texttok_cli.models.dit import DiT
 
 
 def test_fp32_round_trip_is_exact(models: Path, tmp_path: Path) -> None:
@@ -78,3 +81,72 @@ def test_half_a_model_file_and_a_torch_pickle_are_refused(models: Path, tmp_path
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_tokenizer_file(path)
+
+
+def test_who_a_tokenizer_is_can_be_read_without_its_weights(models: Path) -> None:
+    assert read_tokenizer_info(models / "text.safetensors") == load_tokenizer_file(models / "text.safetensors")[1]
+
+
+# ------------------------------------------------------------------ generators
+
+
+@pytest.fixture
+def generator(models: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "g.safetensors"
+    return save_tiny_generator(
+        path, models / "text.safetensors", BY_CLASS, class_counts=[1, 2, 3, 4], captions=["a cat", "a cat", "a rose"]
+    )
+
+
+def test_a_generator_comes_back_as_it_was(generator: Path, models: Path) -> None:
+    dit, info = load_generator_file(generator)
+    assert not dit.training and not any(p.requires_grad for p in dit.parameters())
+    assert {value.dtype for value in dit.state_dict().values()} == {torch.float32}
+    header = info.header
+    assert (info.name, info.sha256) == ("g", sha256_file(generator))
+    assert (header.tokenizer_name, header.tokenizer_sha256) == ("text", sha256_file(models / "text.safetensors"))
+    assert (header.classes, header.class_counts) == (CLASSES, [1, 2, 3, 4])
+    assert info.train_captions.tolist() == sorted([caption_hash("a cat"), caption_hash("a rose")])
+    x, t, ids = torch.randn(2, 4, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 4])
+    torch.manual_seed(0)
+    fresh = DiT(header.model).eval()
+    fresh.load_state_dict(dit.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(x, t, ids), dit(x, t, ids))  # the positions, which no file holds, too
+
+
+def test_caption_hash_is_the_beginning_of_the_sha256() -> None:
+    digest = hashlib.sha256("caf\u00e9".encode()).digest()
+    assert torch.tensor(caption_hash("caf\u00e9")).numpy().astype(">i8").tobytes() == digest[:8]
+
+
+GENERATOR_CHANGES = {
+    "task": (lambda h, t: h.update(task="tokenizer"), "header.task: Input should be 'generator'"),
+    "tokenizer": (lambda h, t: h.update(tokenizer_sha256="x"), "header.tokenizer_sha256"),
+    "a tokenizer by path": (lambda h, t: h.update(tokenizer_name="../x"), "header.tokenizer_name"),
+    "classes": (lambda h, t: h["classes"].pop(), "classes has 3 entries, the model 4 classes"),
+    "counts": (lambda h, t: h["class_counts"].append(1), "class_counts has 5 entries, the model 4 classes"),
+    "no hashes": (lambda h, t: t.pop("train_captions"), "its train_captions are missing"),
+    "other hashes": (lambda h, t: t.update(train_captions=torch.zeros(3)), "its train_captions are missing or no list"),
+    "a tensor too few": (lambda h, t: t.pop("time.mlp.0.weight"), "1 tensors differ, first time.mlp.0.weight"),
+    "a tensor too many": (lambda h, t: t.update(extra=torch.zeros(1)), "1 tensors differ, first extra"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATOR_CHANGES)
+def test_a_wrong_generator_file_is_refused_in_one_line(case: str, generator: Path) -> None:
+    change, reason = GENERATOR_CHANGES[case]
+    header, tensors = load_safetensors(generator, error=CheckpointError)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(header, tensors)
+    save_safetensors(generator, tensors, header)
+    with pytest.raises(CheckpointError) as error:
+        load_generator_file(generator)
+    assert str(error.value).startswith(f"{generator}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_is_no_generator_and_the_reverse(generator: Path, models: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"header\.task: Input should be 'tokenizer'"):
+        load_tokenizer_file(generator)
+    with pytest.raises(CheckpointError, match=r"header\.task: Input should be 'generator'"):
+        load_generator_file(models / "text.safetensors")

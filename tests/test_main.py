@@ -81,6 +81,25 @@ def test_what_the_file_system_refuses_is_one_line(error: OSError, line: str, tex
     assert (run.code, run.err) == (1, line)
 
 
+def test_a_gpu_without_memory_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    errors: list[RuntimeError] = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("a bug")]
+
+    def fail() -> None:
+        raise errors[0]
+
+    monkeypatch.setattr(module, "app", fail)
+    run = texttok()
+    assert run.code == 1 and run.err.count("\n") == 1 and "--batch-size" in run.err
+    monkeypatch.setattr(sys, "argv", ["texttok", "--debug"])
+    with pytest.raises(torch.OutOfMemoryError):
+        module.main()
+    errors.pop(0)
+    with pytest.raises(RuntimeError, match="a bug"):
+        module.main()
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError

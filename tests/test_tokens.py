@@ -1,6 +1,7 @@
 """Token files and folders of them: round trips, every field checked, growth that survives interruptions."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from texttok_cli.tokens import (
     TokenFolder,
     TokenHeader,
     Tokens,
+    code_dtype,
     concatenate,
     load_token_header,
     load_tokens,
@@ -35,12 +37,13 @@ def make(n: int = 2, *, seed: int = 0, first: int = 0, **changes: Any) -> Tokens
     if changes.get("dtype") == "int8":
         changes = {"mean": MEAN, "std": STD, **changes}
     fields: dict[str, Any] = {
-        "texttok_tokens": 1,
+        "texttok_tokens": 2,
         "model_name": "tiny",
         "model_sha256": MODEL,
         "dtype": "fp32",
         "image_size": 32,
         "ids": [f"i{first + i}" for i in range(n)],
+        "flipped": [False] * n,
         "captions": [f"a caf\u00e9 \u732b {first + i}" for i in range(n)],
         "input_sha256": [f"{seed * 1000 + first + i:064x}" for i in range(n)],
         "original_sizes": [(40, 30 + i) for i in range(n)],
@@ -114,7 +117,7 @@ def test_select_and_concatenate_are_inverse() -> None:
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 WRONG: dict[str, tuple[Change, str]] = {
     "another kind": (lambda h, t: h.pop("texttok_tokens"), "another kind of file"),
-    "a newer format": (lambda h, t: h.update(texttok_tokens=2), "this texttok reads 1; update texttok"),
+    "a newer format": (lambda h, t: h.update(texttok_tokens=3), "this texttok reads 2; update texttok"),
     "an unknown field": (lambda h, t: h.update(color="red"), "header.color: Extra inputs"),
     "no ids": (lambda h, t: h.pop("ids"), "header.ids: Field required"),
     "a model by path": (lambda h, t: h.update(model_name="../m"), "header.model_name"),
@@ -123,7 +126,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a type": (lambda h, t: h.update(dtype="fp64"), "header.dtype"),
     "another type": (lambda h, t: h.update(dtype="fp16"), "its tokens are F32, its header says fp16"),
     "an image size": (lambda h, t: h.update(image_size=0), "header.image_size"),
-    "too few ids": (lambda h, t: h["ids"].pop(), "captions has 2 entries for 1 images"),
+    "too few ids": (lambda h, t: h["ids"].pop(), "flipped has 2 entries for 1 images"),
     "too few captions": (lambda h, t: h["captions"].pop(), "captions has 1 entries for 2 images"),
     "too few hashes": (lambda h, t: h["input_sha256"].pop(), "input_sha256 has 1 entries"),
     "too few sizes": (lambda h, t: h["original_sizes"].pop(), "original_sizes has 1 entries"),
@@ -146,6 +149,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no tokens": (lambda h, t: t.update(z=t["z"][:, :0]), "its tensors are not one z of 2 images"),
     "another tensor": (lambda h, t: t.update(y=t["z"]), "its tensors are not one z of 2 images"),
     "no latents": (lambda h, t: t.update(y=t.pop("z")), "its tensors are not one z of 2 images"),
+    "codes without integers": (lambda h, t: h.update(codes=8), "codes 8 and dtype fp32 don't go together"),
+    "integers without codes": (lambda h, t: h.update(dtype="int16"), "codes None and dtype int16 don't go together"),
+    "too few flips": (lambda h, t: h["flipped"].pop(), "flipped has 1 entries"),
+    "too few classes": (lambda h, t: h.update(class_names=["a"]), "class_names has 1 entries"),
     "not finite": (lambda h, t: t["z"][1, 0].fill_(float("nan")), "the tokens of i1 hold a value"),
 }
 
@@ -161,6 +168,46 @@ def test_a_wrong_token_file_is_refused_in_one_line(case: str, tmp_path: Path) ->
     with pytest.raises(TokenFileError) as error:
         load_tokens(path)
     assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def make_codes(n: int = 2, *, codes: int = 1000, dtype: str = "int16") -> Tokens:
+    """Codes (n, 4) of a codebook, the first and the last among them."""
+    z = torch.randint(codes, (n, 4), generator=torch.Generator().manual_seed(0))
+    z[0, :2] = torch.tensor([0, codes - 1])
+    return Tokens(z, make(n).header.model_copy(update={"dtype": dtype, "codes": codes}))
+
+
+@pytest.mark.parametrize(("codes", "dtype", "size"), [(2, "int16", 2), (32_768, "int16", 2), (32_769, "int32", 4), (1 << 20, "int32", 4)])
+def test_codes_are_kept_in_as_many_bytes_as_they_need(codes: int, dtype: str, size: int, tmp_path: Path) -> None:
+    assert code_dtype(codes) == dtype
+    tokens = make_codes(codes=codes, dtype=dtype)
+    save_tokens(tmp_path / "a", tokens)
+    again = load_tokens(tmp_path / "a")
+    assert again.header == tokens.header and again.z.dtype == torch.int64 and torch.equal(again.z, tokens.z)
+    assert tokens.token_bytes == 2 * 4 * size
+    assert tokens.token_bits == 2 * 4 * math.ceil(math.log2(codes))
+
+
+@pytest.mark.parametrize("code", [-1, 1000])
+def test_codes_that_the_codebook_does_not_have_are_neither_written_nor_read(code: int, tmp_path: Path) -> None:
+    tokens = make_codes()
+    save_tokens(tmp_path / "a", tokens)
+    header, tensors = load_safetensors(tmp_path / "a", error=TokenFileError)
+    changed = tensors["codes"].clone()
+    changed[1, 2] = code
+    save_safetensors(tmp_path / "a", {"codes": changed}, header)
+    with pytest.raises(TokenFileError, match="the codes of i1 are not all in 0 to 999"):
+        load_tokens(tmp_path / "a")
+    with pytest.raises(TokenFileError, match="the codes of i1 are not all in 0 to 999"):
+        save_tokens(tmp_path / "b", Tokens(changed.long(), tokens.header))
+
+
+def test_a_file_of_format_1_is_read_as_one_without_classes_and_flips(tmp_path: Path) -> None:
+    save_tokens(tmp_path / "a", make())
+    header, tensors = load_safetensors(tmp_path / "a", error=TokenFileError)
+    old = {key: value for key, value in header.items() if key not in ("codes", "flipped", "class_names")} | {"texttok_tokens": 1}
+    save_safetensors(tmp_path / "a", {"z": tensors["z"].clone()}, old)
+    assert load_tokens(tmp_path / "a").header == make().header
 
 
 # ------------------------------------------------------------------ a folder
@@ -197,12 +244,65 @@ def test_statistics_are_those_of_all_stored_latents(dtype: str, tmp_path: Path) 
     for i in range(9):
         folder.add(select(tokens, [i]))
     folder.flush()
-    sums = read_index(tmp_path).statistics()
+    index = read_index(tmp_path)
+    sums = index.statistics()
     z = everything(tmp_path).z.double().flatten(0, 1)
     mean = torch.tensor(sums.total, dtype=torch.float64) / sums.count
     std = (torch.tensor(sums.squares, dtype=torch.float64) / sums.count - mean**2).sqrt()
     assert sums.count == 36
     assert torch.allclose(mean, z.mean(0), atol=1e-12) and torch.allclose(std, z.std(0, correction=0), atol=1e-12)
+    assert index.mean == pytest.approx(mean.tolist()) and index.std == pytest.approx(std.tolist())
+
+
+def test_the_index_says_whether_the_run_came_to_its_end_and_describes_what_is_there(tmp_path: Path) -> None:
+    fill(tmp_path, make(5))
+    assert not read_index(tmp_path).complete
+    folder = open_folder(tmp_path)  # a run that goes on
+    folder.add(make(5, seed=1, first=5))
+    folder.finish()
+    index = read_index(tmp_path)
+    z = everything(tmp_path).z.double().flatten(0, 1)
+    assert index.complete and index.mean == pytest.approx(z.mean(0).tolist())
+    assert index.std == pytest.approx(z.std(0, correction=0).tolist())
+    fill(tmp_path, make(1, first=10))
+    assert not read_index(tmp_path).complete
+
+
+def test_codes_have_no_statistics_and_a_mirrored_copy_is_another_entry(tmp_path: Path) -> None:
+    codes = make_codes(4)
+    mirrored = Tokens(codes.z.flip(1), codes.header.model_copy(update={"flipped": [True] * 4}))
+    folder = open_folder(tmp_path, dtype="int16")
+    folder.add(codes)
+    folder.add(mirrored)
+    folder.finish()
+    index = read_index(tmp_path)
+    assert (index.mean, index.std, index.statistics()) == (None, None, None)
+    again, header = everything(tmp_path), codes.header
+    assert torch.equal(again.z, torch.cat([codes.z, mirrored.z])) and again.header.flipped == [False] * 4 + [True] * 4
+    resumed = open_folder(tmp_path, dtype="int16")
+    assert all(resumed.has("i0", header.input_sha256[0], header.captions[0], flipped=flipped) for flipped in (False, True))
+    resumed.add(select(mirrored, [0]))
+    resumed.finish()
+    assert sorted(zip(everything(tmp_path).header.ids, everything(tmp_path).header.flipped, strict=True)) == [
+        (f"i{i}", flipped) for i in range(4) for flipped in (False, True)
+    ]
+
+
+def test_an_image_of_another_class_is_encoded_again(tmp_path: Path) -> None:
+    tokens = make(1, class_names=["flower/rose"])
+    fill(tmp_path, tokens)
+    key = ("i0", tokens.header.input_sha256[0], tokens.header.captions[0])
+    assert open_folder(tmp_path).has(*key, "flower/rose") and not open_folder(tmp_path).has(*key, "flower/tulip")
+
+
+def test_an_index_of_format_1_is_read_and_not_taken_for_complete(tmp_path: Path) -> None:
+    fill(tmp_path, make(2)).finish()
+    index = json.loads((tmp_path / "index.json").read_text())
+    old = {key: value for key, value in index.items() if key not in ("complete", "mean", "std")} | {"texttok_index": 1}
+    (tmp_path / "index.json").write_text(json.dumps(old))
+    assert not read_index(tmp_path).complete and len(everything(tmp_path)) == 2
+    open_folder(tmp_path).finish()
+    assert json.loads((tmp_path / "index.json").read_text()) == index
 
 
 def test_a_folder_opened_again_knows_what_it_has_and_goes_on(tmp_path: Path) -> None:
@@ -279,7 +379,7 @@ def drop_key(text: str, key: str) -> str:
         (lambda text: "[]", "damaged: not a JSON object"),
         (lambda text: drop_key(text, "texttok_index"), "another kind of file"),
         (lambda text: drop_key(text, "model_sha256"), "model_sha256: Field required"),
-        (lambda text: text.replace('"texttok_index": 1', '"texttok_index": 7'), "update texttok"),
+        (lambda text: text.replace('"texttok_index": 2', '"texttok_index": 7'), "update texttok"),
         (lambda text: text.replace("shard-00000", "../shard-00000"), "shards.0.file"),
     ],
 )

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from texttok_cli.config.schema import Config, TokenizerConfig
+from texttok_cli.config.schema import ClassLabels, Config, GeneratorConfig, TokenizerConfig
 from texttok_cli.errors import CheckpointError
-from texttok_cli.files import load_safetensors, parse_header, read_header, save_safetensors, sha256_file
+from texttok_cli.files import TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
+from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 
 FORMAT = 1
 WEIGHTS = {"F32", "BF16", "F16"}
+STATISTICS = ("latent_mean", "latent_std")  # stay fp32
+CAPTIONS = "train_captions"
 
 
 class ModelHeader(Config):
-    """What a model file says of itself."""
+    """What a tokenizer's file says of itself."""
 
     texttok_model: int  # version of this format
     task: Literal["tokenizer"]
@@ -27,34 +33,134 @@ class ModelHeader(Config):
     training: dict[str, Any] = Field(default_factory=dict)  # how it came about: recipe, steps, images seen, version
 
 
+class GeneratorHeader(Config):
+    """What a generator's file says of itself."""
+
+    texttok_model: int
+    task: Literal["generator"]
+    model: GeneratorConfig
+    tokenizer_name: str = Field(pattern=r"^[^/\\]{1,256}$")  # whose latents it makes
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    classes: list[str] | None = None  # by id
+    class_counts: list[int] | None = None  # training images of each
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _lists_are_of_its_classes(self) -> GeneratorHeader:
+        number = self.model.condition.num_classes if isinstance(self.model.condition, ClassLabels) else None
+        for name, entries in (("classes", self.classes), ("class_counts", self.class_counts)):
+            if entries is not None and len(entries) != number:
+                raise ValueError(f"{name} has {len(entries)} entries, the model {number or 'no'} classes")
+        return self
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Identity of a loaded model: its name is the file's stem, never a path."""
+    """Identity of a tokenizer: its name is the file's stem, never a path."""
 
     name: str
     sha256: str
     header: ModelHeader
 
 
+@dataclass(frozen=True, slots=True)
+class GeneratorInfo:
+    """Identity of a generator, and `caption_hash` of each caption it was trained with, (n,) int64 sorted."""
+
+    name: str
+    sha256: str
+    header: GeneratorHeader
+    train_captions: Tensor
+
+
 def save_tokenizer(path: Path, model: TexTok, *, training: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
     """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically."""
     header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, training=training)
-    tensors = {k: v if k in ("latent_mean", "latent_std") else v.to(dtype) for k, v in model.state_dict().items()}
-    save_safetensors(path, tensors, header.model_dump(mode="json"))
+    save_safetensors(path, _weights(model, dtype), header.model_dump(mode="json"))
+
+
+def save_generator(
+    path: Path,
+    dit: DiT,
+    *,
+    tokenizer_name: str,
+    tokenizer_sha256: str,
+    classes: Sequence[str] | None,
+    class_counts: Sequence[int] | None,
+    train_captions: Iterable[str],
+    training: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write weights in `dtype` (latent statistics stay fp32), what tokenizer, classes and captions they belong to, atomically."""
+    header = GeneratorHeader(
+        texttok_model=FORMAT,
+        task="generator",
+        model=dit.cfg,
+        tokenizer_name=tokenizer_name,
+        tokenizer_sha256=tokenizer_sha256,
+        classes=None if classes is None else list(classes),
+        class_counts=None if class_counts is None else list(class_counts),
+        training=training,
+    )
+    hashes = torch.tensor(sorted({caption_hash(text) for text in train_captions}), dtype=torch.int64)
+    save_safetensors(path, {**_weights(dit, dtype), CAPTIONS: hashes}, header.model_dump(mode="json"))
+
+
+def caption_hash(text: str) -> int:
+    """The first 8 bytes of its sha256 as a signed number: enough to tell whether a caption was trained on."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[TexTok, ModelInfo]:
-    """The model in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole model file."""
-    meta, infos = read_header(path, error=CheckpointError)
-    header = parse_header(meta, ModelHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
+    """The model in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole tokenizer file."""
+    header, infos = _tokenizer_header(path)
     with torch.device("meta"):
         model = TexTok(header.model)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: v.shape for k, v in infos.items() if v.dtype in WEIGHTS}
+    _fill(model, path, infos, extra={})
+    model.to(device)
+    return model, ModelInfo(path.stem, sha256_file(path), header)
+
+
+def read_tokenizer_info(path: Path) -> ModelInfo:
+    """Who a tokenizer is, without its weights. CheckpointError as `load_tokenizer_file`."""
+    return ModelInfo(path.stem, sha256_file(path), _tokenizer_header(path)[0])
+
+
+def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
+    """The generator in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole generator file."""
+    meta, infos = read_header(path, error=CheckpointError)
+    header = parse_header(meta, GeneratorHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
+    captions = infos.get(CAPTIONS)
+    if captions is None or captions.dtype != "I64" or len(captions.shape) != 1:
+        raise CheckpointError(f"{path}: its {CAPTIONS} are missing or no list of hashes")
+    with torch.device("meta"):
+        model = DiT(header.model)
+    tensors = _fill(model, path, infos, extra={CAPTIONS: captions.shape})
+    model.to(device)
+    return model, GeneratorInfo(path.stem, sha256_file(path), header, tensors[CAPTIONS])
+
+
+def _tokenizer_header(path: Path) -> tuple[ModelHeader, dict[str, TensorInfo]]:
+    meta, infos = read_header(path, error=CheckpointError)
+    return parse_header(meta, ModelHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError), infos
+
+
+def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value if name in STATISTICS else value.to(dtype) for name, value in model.state_dict().items()}
+
+
+def _fill(model: nn.Module, path: Path, infos: Mapping[str, TensorInfo], *, extra: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Give a model on the meta device the file's weights as fp32, frozen, in eval mode; returns all tensors of the file.
+
+    CheckpointError unless its tensors are exactly the model's and those in `extra`, by name and shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {**shapes, **extra}
+    found = {name: info.shape for name, info in infos.items() if info.dtype in WEIGHTS or name in extra}
     if expected != found:
-        wrong = sorted(k for k in expected.keys() | infos.keys() if expected.get(k) != found.get(k))
+        wrong = sorted(name for name in expected.keys() | infos.keys() if expected.get(name) != found.get(name))
         raise CheckpointError(f"{path}: weights don't fit the header, {len(wrong)} tensors differ, first {wrong[0]}")
     _, tensors = load_safetensors(path, error=CheckpointError)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    model.requires_grad_(False).eval().to(device)
-    return model, ModelInfo(path.stem, sha256_file(path), header)
+    model.load_state_dict({name: tensors[name].float() for name in shapes}, assign=True)
+    model.requires_grad_(False).eval()
+    return tensors

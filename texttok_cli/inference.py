@@ -15,14 +15,15 @@ from torch import Tensor
 
 from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
-from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig
+from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.files import sha256_file
+from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
-from texttok_cli.tokens import FORMAT, MAX_TEXT, TokenDtype, TokenHeader, Tokens
+from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
 
 CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -57,14 +58,24 @@ class Tokenizer:
 
         Raises DataError for an unreadable image, a tensor of another type or shape and captions that don't match.
         """
-        size = self.cfg.image_size
-        pixels = images if isinstance(images, Tensor) else _as_batch(images, size)
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
-            raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
-        cond = self._condition(captions, len(pixels))
-        with torch.inference_mode(), self._autocast():
-            z = self.model.encode(normalize(pixels.to(self.device)), cond).z
-        return z.float().cpu()
+        return self._latents(images, captions).z.float().cpu()
+
+    def encode_codes(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
+        """Of a VQ model the codes (B, N) int64 on the CPU, of which `lookup` makes the latents; otherwise as `encode`."""
+        codes = self._latents(images, captions).codes
+        if codes is None:
+            raise DataError(f"{self.info.name}: has no codes; it is a tokenizer without vector quantisation")
+        return codes.cpu()
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Of a VQ model the latents (B, N, d) float32 on the CPU that codes (B, N) stand for. DataError for a code it does not have."""
+        bottleneck = self.model.bottleneck
+        if not isinstance(bottleneck, VQ):
+            raise DataError(f"{self.info.name}: has no codes; it is a tokenizer without vector quantisation")
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(bottleneck.codebook):
+            raise DataError(f"{self.info.name}: its codes are 0 to {len(bottleneck.codebook) - 1}")
+        with torch.inference_mode():
+            return bottleneck.lookup(codes.to(self.device)).cpu()
 
     def decode(self, z: Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
         """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU.
@@ -78,6 +89,28 @@ class Tokenizer:
         with torch.inference_mode(), self._autocast():
             images = self.model.decode(z.to(self.device), cond)
         return to_uint8(images.float()).cpu()
+
+    @property
+    def num_codes(self) -> int | None:
+        """K of a VQ model; None for one with continuous latents."""
+        return self.cfg.bottleneck.codes if isinstance(self.cfg.bottleneck, VQBottleneck) else None
+
+    def token_dtype(self, asked: LatentDtype | None = None) -> TokenDtype:
+        """How its tokens are stored: latents as asked for, else as fp16; codes in as many bits as they need."""
+        if self.num_codes is None:
+            return asked or "fp16"
+        if asked is not None:
+            raise DataError(f"{self.info.name}: its tokens are codes, whole numbers: leave out --dtype {asked}")
+        return code_dtype(self.num_codes)
+
+    def _latents(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None) -> Latents:
+        size = self.cfg.image_size
+        pixels = images if isinstance(images, Tensor) else _as_batch(images, size)
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
+            raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
+        cond = self._condition(captions, len(pixels))
+        with torch.inference_mode(), self._autocast():
+            return self.model.encode(normalize(pixels.to(self.device)), cond)
 
     def _condition(self, captions: str | Sequence[str] | None, n: int) -> Condition | None:
         if self.text is None:
@@ -172,22 +205,28 @@ def encode_dataset(
     dataset: Dataset,
     captions: Sequence[str] | None,
     *,
-    dtype: TokenDtype = "fp16",
+    dtype: LatentDtype | None = None,
+    flips: bool = False,
     batch_size: int,
     on_error: Callable[[str, str], None],
     wanted: Callable[[int, str], bool] | None = None,
 ) -> Iterator[tuple[list[int], Tokens]]:
     """Encode a dataset in order: per batch the indices of its images and their tokens, ready to be saved as `dtype`.
 
-    `captions` holds a text for every item, or is None for a model without text. A damaged image goes to
-    `on_error(id, reason)` and is left out; `wanted(index, sha256 of the file)` may decline one before it is decoded.
+    `captions` holds a text for every item, or is None for a model without text. With `flips` every batch is followed by
+    one of its mirrored images. A damaged image goes to `on_error(id, reason)` and is left out; `wanted(index, sha256 of
+    the file)` may decline one before it is decoded.
 
-    Raises DataError for an id or caption that a token file can't hold.
+    Raises DataError for an id, class or caption that a token file can't hold, and for a dtype that the model's tokens don't have.
     """
     for item, caption in zip(dataset.items, captions or [""] * len(dataset), strict=True):
         _check_text(item.id, "its name", item.id)
+        _check_text(item.id, "its class", item.class_name or "")
         _check_text(item.id, "its caption", caption)
-    mean, std = (v.tolist() if dtype == "int8" else None for v in (tokenizer.model.latent_mean, tokenizer.model.latent_std))
+    stored = tokenizer.token_dtype(dtype)
+    mean, std = (v.tolist() if stored == "int8" else None for v in (tokenizer.model.latent_mean, tokenizer.model.latent_std))
+    classes = any(item.class_name is not None for item in dataset.items)
+    encode = tokenizer.encode if tokenizer.num_codes is None else tokenizer.encode_codes
     size = tokenizer.cfg.image_size
     for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error, wanted=wanted):
         indices = batch.indices.tolist()
@@ -196,16 +235,22 @@ def encode_dataset(
             texttok_tokens=FORMAT,
             model_name=tokenizer.info.name,
             model_sha256=tokenizer.info.sha256,
-            dtype=dtype,
+            dtype=stored,
+            codes=tokenizer.num_codes,
             image_size=size,
             ids=[dataset.items[i].id for i in indices],
+            flipped=[False] * len(indices),
             captions=texts,
+            class_names=[dataset.items[i].class_name for i in indices] if classes else None,
             input_sha256=batch.input_sha256,
             original_sizes=batch.sizes,
             mean=mean,
             std=std,
         )
-        yield indices, Tokens(tokenizer.encode(batch.images, texts), header)
+        yield indices, Tokens(encode(batch.images, texts), header)
+        if flips:
+            mirrored = header.model_copy(update={"flipped": [True] * len(indices)})
+            yield indices, Tokens(encode(batch.images.flip(-1), texts), mirrored)
 
 
 def _check_text(item_id: str, what: str, text: str) -> None:

@@ -1,6 +1,6 @@
-"""The token file (`*.tok.safetensors`): raw latents with the text and the model they belong to. Reading it executes nothing.
+"""The token file (`*.tok.safetensors`): raw latents or codes with the text and the model they belong to. Reading it executes nothing.
 
-Letters: n images, N latent tokens, d latent channels.
+Letters: n images, N latent tokens, d latent channels, K codes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,13 +20,14 @@ from texttok_cli.config.schema import Config
 from texttok_cli.errors import TokenFileError
 from texttok_cli.files import load_safetensors, parse_header, read_header, save_safetensors, sha256_file, write_json
 
-FORMAT = 1
+FORMAT = 2  # 1 knew neither codes nor classes nor mirrored copies; it is read as a file that has none
 MAX_IMAGES = 1_000_000
 MAX_TEXT = 100_000  # characters of an id or a caption
 SUFFIX = ".tok.safetensors"
-TokenDtype = Literal["fp16", "fp32", "int8"]
-_STORED = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
-_NAMES = {"fp16": "F16", "fp32": "F32", "int8": "I8"}
+LatentDtype = Literal["fp16", "fp32", "int8"]
+TokenDtype = Literal["fp16", "fp32", "int8", "int16", "int32"]  # the last two: codes
+_STORED = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
+_NAMES = {"fp16": "F16", "fp32": "F32", "int8": "I8", "int16": "I16", "int32": "I32"}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[^/\\]{1,256}$")]  # never a path
@@ -37,15 +38,18 @@ Channels = Annotated[list[Finite], Field(min_length=1, max_length=4096)]
 
 
 class TokenHeader(Config):
-    """What a token file says of its latents; lists hold one entry an image."""
+    """What a token file says of its tokens; lists hold one entry an image."""
 
     texttok_tokens: int  # version of this format
     model_name: Name
     model_sha256: Sha256
     dtype: TokenDtype
+    codes: int | None = Field(None, ge=2, le=1 << 20)  # K of the codebook that the tokens are indices into; None: they are latents
     image_size: int = Field(ge=1, le=65536)
     ids: list[Text] = Field(min_length=1, max_length=MAX_IMAGES)
+    flipped: list[bool]  # the mirrored image was encoded; it has the id of the other
     captions: list[Text] | None  # None: the model takes no text. "": the empty condition
+    class_names: list[Text | None] | None = None  # of the data set, if it has classes
     input_sha256: list[Sha256]  # of the image files' bytes
     original_sizes: list[tuple[Side, Side]]  # (w, h) before the centre crop
     mean: Channels | None = None  # int8 alone: z = mean + 4 std q / 127
@@ -58,19 +62,27 @@ class TokenHeader(Config):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.ids)} images")
         if (self.dtype == "int8") != (self.mean is not None and self.std is not None):
             raise ValueError("mean and std go with dtype int8, and int8 needs both")
+        if (self.codes is not None or self.dtype in ("int16", "int32")) and (self.codes is None or self.dtype != code_dtype(self.codes)):
+            raise ValueError(f"codes {self.codes} and dtype {self.dtype} don't go together")
         return self
+
+
+def code_dtype(codes: int) -> Literal["int16", "int32"]:
+    """How codes of a codebook of this size are stored."""
+    return "int16" if codes <= 1 << 15 else "int32"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Latents z (n, N, d) float32, raw (not standardised), and what they belong to."""
+    """Latents z (n, N, d) float32, raw (not standardised), or of a VQ model codes z (n, N) int64; and what they belong to."""
 
     z: Tensor
     header: TokenHeader
 
     def __post_init__(self) -> None:
-        if self.z.ndim != 3 or len(self.z) != len(self.header.ids):
-            raise ValueError(f"latents are {tuple(self.z.shape)}, not (n, N, d) of {len(self.header.ids)} images")
+        form = "(n, N, d)" if self.header.codes is None else "(n, N)"
+        if self.z.ndim != form.count(",") + 1 or len(self.z) != len(self.header.ids):
+            raise ValueError(f"tokens are {tuple(self.z.shape)}, not {form} of {len(self.header.ids)} images")
 
     def __len__(self) -> int:
         return len(self.header.ids)
@@ -81,26 +93,40 @@ class Tokens:
         return self.z.numel() * _STORED[self.header.dtype].itemsize
 
     @property
+    def token_bits(self) -> int:
+        """Bits of the tokens: as stored, or of codes what each needs to name one of K."""
+        codes = self.header.codes
+        return 8 * self.token_bytes if codes is None else self.z.numel() * (codes - 1).bit_length()
+
+    @property
     def caption_bytes(self) -> int:
         """UTF-8 bytes of the captions, which decoding needs too."""
         return sum(len(caption.encode()) for caption in self.header.captions or [])
 
 
 def save_tokens(path: Path, tokens: Tokens) -> None:
-    """Write a token file atomically; z is stored in the header's dtype. TokenFileError if a latent is not finite in it."""
-    header, z = tokens.header, tokens.z.float()
-    if header.mean is not None and header.std is not None:
-        stored = quantize_int8(z, torch.tensor(header.mean), torch.tensor(header.std))
+    """Write a token file atomically, in the header's dtype. TokenFileError if a token can't be kept in it."""
+    header = tokens.header
+    if header.codes is not None:
+        _check_codes(path, tokens.z, header)
+        stored = tokens.z.to(_STORED[header.dtype])
+    elif header.mean is not None and header.std is not None:
+        _check_finite(path, tokens.z, header.ids)
+        stored = quantize_int8(tokens.z.float(), torch.tensor(header.mean), torch.tensor(header.std))
     else:
-        stored = z = z.to(_STORED[header.dtype])
-    _check_finite(path, z, header.ids)
-    save_safetensors(path, {"z": stored}, header.model_dump(mode="json"))
+        stored = tokens.z.to(_STORED[header.dtype])
+        _check_finite(path, stored, header.ids)
+    save_safetensors(path, {_tensor_name(header): stored}, header.model_dump(mode="json"))
 
 
 def load_tokens(path: Path) -> Tokens:
     """A token file, every field checked. TokenFileError, one line, for anything that is not a whole token file."""
     header = load_token_header(path)
     _, tensors = load_safetensors(path, error=TokenFileError)
+    if header.codes is not None:
+        codes = tensors["codes"].long()
+        _check_codes(path, codes, header)
+        return Tokens(codes, header)
     z = tensors["z"].float()
     if header.mean is not None and header.std is not None:
         z = dequantize_int8(z, torch.tensor(header.mean), torch.tensor(header.std))
@@ -109,17 +135,30 @@ def load_tokens(path: Path) -> Tokens:
 
 
 def load_token_header(path: Path) -> TokenHeader:
-    """The header alone, checked against the file's size and tensors; no latent is read."""
+    """The header alone, checked against the file's size and tensors; no token is read."""
     meta, tensors = read_header(path, error=TokenFileError)
+    meta = _as_format_2(meta)
     header = parse_header(meta, TokenHeader, key="texttok_tokens", version=FORMAT, path=path, error=TokenFileError)
-    info = tensors.get("z")
-    if info is None or len(tensors) != 1 or len(info.shape) != 3 or info.shape[0] != len(header.ids) or 0 in info.shape:
-        raise TokenFileError(f"{path}: its tensors are not one z of {len(header.ids)} images")
+    name = _tensor_name(header)
+    info = tensors.get(name)
+    sides = 3 if header.codes is None else 2
+    if info is None or len(tensors) != 1 or len(info.shape) != sides or info.shape[0] != len(header.ids) or 0 in info.shape:
+        raise TokenFileError(f"{path}: its tensors are not one {name} of {len(header.ids)} images")
     if info.dtype != _NAMES[header.dtype]:
         raise TokenFileError(f"{path}: its tokens are {info.dtype}, its header says {header.dtype}")
     if header.mean is not None and not len(header.mean) == len(header.std or []) == info.shape[2]:
         raise TokenFileError(f"{path}: mean and std are not of its {info.shape[2]} channels")
     return header
+
+
+def _tensor_name(header: TokenHeader) -> str:
+    return "z" if header.codes is None else "codes"
+
+
+def _as_format_2(meta: dict[str, Any]) -> dict[str, Any]:
+    if meta.get("texttok_tokens") != 1 or not isinstance(meta.get("ids"), list):
+        return meta
+    return {**meta, "texttok_tokens": 2, "codes": None, "flipped": [False] * len(meta["ids"]), "class_names": None}
 
 
 def quantize_int8(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -132,6 +171,13 @@ def quantize_int8(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def dequantize_int8(q: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """The inverse of `quantize_int8`, within 4 std / 254 of what was not clipped."""
     return mean + 4 * std * q.float() / 127
+
+
+def _check_codes(path: Path, codes: Tensor, header: TokenHeader) -> None:
+    assert header.codes is not None
+    bad = (~((codes >= 0) & (codes < header.codes)).all(1)).nonzero().flatten()
+    if len(bad):
+        raise TokenFileError(f"{path}: the codes of {header.ids[int(bad[0])]} are not all in 0 to {header.codes - 1}")
 
 
 def _check_finite(path: Path, z: Tensor, ids: Sequence[str]) -> None:
@@ -162,14 +208,24 @@ class Statistics(Config):
         squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
         return Statistics(count=self.count + other.count, total=total, squares=squares)
 
+    @property
+    def mean(self) -> list[float]:
+        """Of each channel."""
+        return [total / self.count for total in self.total]
+
+    @property
+    def std(self) -> list[float]:
+        """Of each channel, over all tokens (no correction)."""
+        return [max(0.0, squares / self.count - mean**2) ** 0.5 for squares, mean in zip(self.squares, self.mean, strict=True)]
+
 
 class Shard(Config):
-    """One file of a token folder; the statistics are of the latents as stored."""
+    """One file of a token folder; the statistics are of the latents as stored (None: codes)."""
 
     file: str = Field(pattern=r"^shard-\d{5}\.tok\.safetensors$")
     images: int = Field(ge=1)
     sha256: Sha256
-    statistics: Statistics
+    statistics: Statistics | None
 
 
 class TokenIndex(Config):
@@ -179,11 +235,26 @@ class TokenIndex(Config):
     model_name: Name
     model_sha256: Sha256
     dtype: TokenDtype
+    complete: bool = False  # whether the run that wrote last came to its end
+    mean: Channels | None = None  # of each channel of all latents
+    std: Channels | None = None
     shards: list[Shard] = Field(default_factory=list)
 
-    def statistics(self) -> Statistics:
-        """Of all shards, of which there must be one."""
-        return reduce(Statistics.plus, (shard.statistics for shard in self.shards))
+    def statistics(self) -> Statistics | None:
+        """Of all latents; None for codes or an empty folder."""
+        parts = [shard.statistics for shard in self.shards if shard.statistics is not None]
+        return reduce(Statistics.plus, parts) if parts else None
+
+    def with_shards(self, shards: Sequence[Shard], *, complete: bool) -> TokenIndex:
+        """The index of these shards."""
+        index = self.model_copy(update={"shards": list(shards), "complete": complete})
+        statistics = index.statistics()
+        mean, std = (None, None) if statistics is None else (statistics.mean, statistics.std)
+        return index.model_copy(update={"mean": mean, "std": std})
+
+
+# Which tokens of a folder: an image's id, and whether they are of its mirrored copy.
+Key = tuple[str, bool]
 
 
 class TokenFolder:
@@ -195,17 +266,17 @@ class TokenFolder:
     def __init__(self, path: Path, *, model_name: str, model_sha256: str, dtype: TokenDtype, shard_size: int = 4096) -> None:
         self.path, self.shard_size = path, shard_size
         self.index = TokenIndex(model_name=model_name, model_sha256=model_sha256, dtype=dtype)
-        self._there: dict[str, tuple[str, str | None]] = {}  # id -> (input sha256, caption) of what the shards hold
+        self._there: dict[Key, tuple[str, str | None, str | None]] = {}  # -> (input sha256, caption, class) of what the shards hold
         self._waiting: list[Tokens] = []
         if (path / "index.json").exists():
             self._resume(read_index(path))
 
-    def has(self, image_id: str, input_sha256: str, caption: str | None) -> bool:
-        """Whether the tokens of this image with this caption are there."""
-        return self._there.get(image_id) == (input_sha256, caption)
+    def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flipped: bool = False) -> bool:
+        """Whether the tokens of this image with this caption and class are there."""
+        return self._there.get((image_id, flipped)) == (input_sha256, caption, class_name)
 
     def add(self, tokens: Tokens) -> None:
-        """Take tokens of some images, in the place of what is there under their ids; a shard is written whenever enough have come."""
+        """Take tokens of some images, in the place of what is there of them; a shard is written whenever enough have come."""
         self._waiting.append(tokens)
         if sum(map(len, self._waiting)) >= self.shard_size:
             self.flush()
@@ -216,23 +287,32 @@ class TokenFolder:
             return
         tokens = concatenate(self._waiting)
         before = self.index.shards
-        replaced = self._there.keys() & set(tokens.header.ids)
+        replaced = self._there.keys() & set(_keys(tokens.header))
         number = 1 + max((int(shard.file[6:11]) for shard in before), default=-1)
         written = self._write(tokens, number)
         shards = [*(self._without(replaced, number + 1) if replaced else before), written]
-        self.index = self.index.model_copy(update={"shards": shards})
-        write_json(self.path / "index.json", self.index.model_dump(mode="json"))
+        self._save_index(self.index.with_shards(shards, complete=False))
         for shard in before:
             if shard not in shards:
                 (self.path / shard.file).unlink(missing_ok=True)
         self._note(tokens.header)
         self._waiting = []
 
-    def _without(self, ids: set[str], number: int) -> Iterator[Shard]:
-        """The shards without these images; one that held any is written anew, under a number from `number` on."""
+    def finish(self) -> None:
+        """Write what is waiting, and that nothing more is to come."""
+        self.flush()
+        if self.index.shards and not self.index.complete:
+            self._save_index(self.index.with_shards(self.index.shards, complete=True))
+
+    def _save_index(self, index: TokenIndex) -> None:
+        write_json(self.path / "index.json", index.model_dump(mode="json"))
+        self.index = index
+
+    def _without(self, keys: set[Key], number: int) -> Iterator[Shard]:
+        """The shards without these tokens; one that held any is written anew, under a number from `number` on."""
         for place, shard in enumerate(self.index.shards):
             tokens = load_tokens(self.path / shard.file)
-            kept = [i for i, image_id in enumerate(tokens.header.ids) if image_id not in ids]
+            kept = [i for i, key in enumerate(_keys(tokens.header)) if key not in keys]
             if len(kept) == len(tokens):
                 yield shard
             elif kept:
@@ -241,12 +321,13 @@ class TokenFolder:
     def _write(self, tokens: Tokens, number: int) -> Shard:
         path = self.path / f"shard-{number:05d}{SUFFIX}"
         save_tokens(path, tokens)
-        statistics = Statistics.of(load_tokens(path).z)
+        statistics = None if tokens.header.codes is not None else Statistics.of(load_tokens(path).z)
         return Shard(file=path.name, images=len(tokens), sha256=sha256_file(path), statistics=statistics)
 
     def _note(self, header: TokenHeader) -> None:
-        captions: Sequence[str | None] = header.captions or [None] * len(header.ids)
-        self._there.update(zip(header.ids, zip(header.input_sha256, captions, strict=True), strict=True))
+        nothing: Sequence[str | None] = [None] * len(header.ids)
+        made_of = zip(header.input_sha256, header.captions or nothing, header.class_names or nothing, strict=True)
+        self._there.update(zip(_keys(header), made_of, strict=True))
 
     def _resume(self, found: TokenIndex) -> None:
         for key in ("model_sha256", "dtype"):
@@ -269,6 +350,8 @@ def read_index(folder: Path) -> TokenIndex:
         value = None
     if not isinstance(value, dict):
         raise TokenFileError(f"{path}: damaged: not a JSON object; delete it and encode again")
+    if value.get("texttok_index") == 1:
+        value["texttok_index"] = FORMAT  # it has nothing of what came with 2, and is not known to be complete
     return parse_header(value, TokenIndex, key="texttok_index", version=FORMAT, path=path, error=TokenFileError)
 
 
@@ -296,4 +379,9 @@ def select(tokens: Tokens, chosen: Sequence[int]) -> Tokens:
 
 def _columns(header: TokenHeader) -> list[str]:
     """The fields with an entry an image."""
-    return [name for name in ("ids", "captions", "input_sha256", "original_sizes") if getattr(header, name) is not None]
+    names = ("ids", "flipped", "captions", "class_names", "input_sha256", "original_sizes")
+    return [name for name in names if getattr(header, name) is not None]
+
+
+def _keys(header: TokenHeader) -> list[Key]:
+    return list(zip(header.ids, header.flipped, strict=True))

@@ -32,12 +32,13 @@ def make(models: Path) -> Callable[..., Tokens]:
     def tokens(*ids: str, **changes: Any) -> Tokens:
         n = len(ids)
         fields: dict[str, Any] = {
-            "texttok_tokens": 1,
+            "texttok_tokens": 2,
             "model_name": "text",
             "model_sha256": digest,
             "dtype": "fp32",
             "image_size": 32,
             "ids": list(ids),
+            "flipped": [False] * n,
             "captions": [f"caption of {image_id}" for image_id in ids],
             "input_sha256": [f"{i:064x}" for i in range(n)],
             "original_sizes": [(32, 32)] * n,

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from texttok_cli import inference
+from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.inference import Tokenizer, load_tokenizer
 from texttok_cli.tokens import concatenate, load_tokens, read_index, read_shards
@@ -341,3 +345,79 @@ def test_the_default_model_is_the_bundled_one(
     monkeypatch.setattr(inference, "PRETRAINED", tmp_path / "pretrained")
     assert texttok("encode", draw(tmp_path / "img.png"), "--caption", "a").code == 0
     assert load_tokens(tmp_path / "img.tok.safetensors").header.model_name == "texttok-32-128"
+
+
+# ------------------------------------------------------------------ classes, mirrored copies, codes
+
+
+def test_a_data_set_is_encoded_with_its_classes_and_if_asked_with_its_mirrored_images(
+    encode: Run, draw: Draw, tmp_path: Path, models: Path, forwards: list[int]
+) -> None:
+    for name in ("cat", "dog"):
+        folder_of(draw, tmp_path / "in" / name, 2)
+    out = tmp_path / "out"
+    assert encode(tmp_path / "in", "-o", out).code == 0
+    run = encode(tmp_path / "in", "-o", out, "--flips", "--dtype", "fp16", "--json")  # the other half is still to come
+    assert json.loads(run.out)["images"] == json.loads(run.out)["mirrored"] == 4
+    tokens = concatenate(list(read_shards(out)))
+    header = tokens.header
+    assert header.ids == ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png"] * 2
+    assert header.flipped == [False] * 4 + [True] * 4 and header.class_names == ["cat", "cat", "dog", "dog"] * 2
+    tokenizer = load_tokenizer(models / "text.safetensors", device="cpu")
+    with Image.open(tmp_path / "in" / "dog" / "001.png") as image:
+        mirrored = tokenizer.encode([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)], "picture 1")
+    assert (tokens.z[7] - mirrored[0]).abs().max() < 2e-2 < (tokens.z[7] - tokens.z[3]).abs().max()
+    index = read_index(out)
+    assert index.complete and index.mean == pytest.approx(tokens.z.double().mean((0, 1)).tolist())
+    del forwards[:]
+    assert json.loads(encode(tmp_path / "in", "-o", out, "--flips", "--json").out)["already_there"] == 4 and forwards == []
+
+
+def test_an_interrupted_folder_is_not_complete(encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 2), tmp_path / "out"
+    real, calls = Tokenizer.encode, iter(range(9))
+
+    def once(self: Tokenizer, images: Any, captions: Any = None) -> Any:
+        if next(calls):
+            raise KeyboardInterrupt
+        return real(self, images, captions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", once)
+        encode(folder, "-o", out, "--batch-size", 1)
+    assert [shard.images for shard in read_index(out).shards] == [1] and not read_index(out).complete
+    assert encode(folder, "-o", out).code == 0 and read_index(out).complete
+
+
+def test_flips_are_for_data_sets(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    run = encode(draw(tmp_path / "img.png"), "--caption", "a", "--flips")
+    assert run.code == 1 and "--flips is for a data set" in one_line(run.err)
+
+
+def test_a_vq_models_tokens_are_its_codes_and_decode_looks_them_up(
+    texttok: Run, draw: Draw, tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    model = save_model(tmp_path / "vq.safetensors", 0, {"source": "none"}, bottleneck={"kind": "vq", "codes": 100})
+    image = draw(tmp_path / "img.png")
+    run = texttok("encode", image, "--model", model, "--device", "cpu", "--json")
+    result = json.loads(run.out)
+    assert (result["token_bytes_per_image"], result["token_bits_per_image"]) == (8, 28)  # 4 codes: int16, and 7 bits name one of 100
+    assert result["compression"] == 8 * 3 * 32 * 32 / 28
+    tokens = load_tokens(tmp_path / "img.tok.safetensors")
+    assert (tokens.header.dtype, tokens.header.codes, tokens.z.shape) == ("int16", 100, (1, 4))
+    tokenizer = load_tokenizer(model, device="cpu")
+    assert torch.equal(tokenizer.lookup(tokens.z), tokenizer.encode(image)) and torch.equal(tokenizer.encode_codes(image), tokens.z)
+    assert texttok("decode", tmp_path / "img.tok.safetensors", "--model", model, "--device", "cpu").code == 0
+    with Image.open(tmp_path / "img.rec.png") as decoded:
+        pixels = torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
+    assert torch.equal(pixels, tokenizer.decode(tokenizer.encode(image))[0])
+    refused = texttok("encode", image, "--model", model, "--device", "cpu", "--dtype", "fp16")
+    assert refused.code == 1 and "its tokens are codes, whole numbers: leave out --dtype fp16" in one_line(refused.err)
+    with pytest.raises(DataError, match="its codes are 0 to 99"):
+        tokenizer.lookup(torch.tensor([[100, 0, 0, 0]]))
+
+
+def test_mirrored_copies_are_decoded_under_names_of_their_own(encode: Run, texttok: Run, draw: Draw, tmp_path: Path) -> None:
+    encode(folder_of(draw, tmp_path / "in", 1), "-o", tmp_path / "out", "--flips")
+    assert texttok("decode", tmp_path / "out", "-o", tmp_path / "back", "--device", "cpu").code == 0
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["000.mirrored.png", "000.png"]

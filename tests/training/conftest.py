@@ -8,6 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from texttok_cli.data import open_dataset
+from texttok_cli.inference import encode_dataset, load_tokenizer, texts_for
+from texttok_cli.tokens import TokenFolder
+
 TINY: dict = {
     "reproduces": "a test",
     "model": {
@@ -40,6 +44,30 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(low).resize((40, 32), Image.Resampling.BICUBIC).save(path)
         path.with_suffix(".txt").write_text(f"picture number {i}" + " with more words" * (i % 3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory, pictures: Path, models: Path) -> Callable[..., Path]:
+    """Folder of the tokens of those pictures by one of the tiny tokenizers, if asked with their mirrored copies'."""
+
+    def encode(model: str, *, flips: bool = False) -> Path:
+        tokenizer = load_tokenizer(models / f"{model}.safetensors", device="cpu")
+        dataset = open_dataset([pictures])
+        texts = None if tokenizer.text_condition is None else texts_for(dataset.items, tokenizer.text_condition)
+        out = tmp_path_factory.mktemp("latents")
+        folder = TokenFolder(out, model_name=model, model_sha256=tokenizer.info.sha256, dtype="fp16", shard_size=10)
+        for _, tokens in encode_dataset(tokenizer, dataset, texts, flips=flips, batch_size=8, on_error=pytest.fail):
+            folder.add(tokens)
+        folder.finish()
+        return out
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def store(encoded: Callable[..., Path]) -> Path:
+    """Tokens of the pictures and their mirrored copies, by the tiny text tokenizer."""
+    return encoded("text", flips=True)
 
 
 @pytest.fixture

@@ -6,22 +6,27 @@ from pathlib import Path
 import pytest
 
 from texttok_cli.config.loader import load_recipe, recipe_names
-from texttok_cli.config.schema import ClassEmbedding, Recipe, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, GeneratorRecipe, Prompt, TextCondition, TokenizerRecipe
+from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
-from texttok_cli.training.plan import count_flops, plan
+from texttok_cli.training.optim import lr_scale
+from texttok_cli.training.plan import count_flops, count_generator_flops, plan
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.session import run_training
 
 # Parameters in millions, without what depends on the number of tokens (2 N D) and on the text width.
 T5_XL = {"S": 53.9, "B": 175.2, "L": 611.5}
-NAMES = recipe_names()
+NAMES = [name for name in recipe_names() if isinstance(load_recipe(name), TokenizerRecipe)]
+# DiT on 32 x 8 tokens with 1000 classes, without positions (the paper: XL 675 M).
+DIT = {"L": 457.8, "XL": 674.8}
+GENERATORS = [name for name in recipe_names() if isinstance(load_recipe(name), GeneratorRecipe)]
 
 
-def millions(model: TexTok) -> float:
+def millions(model: TexTok | DiT) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def expected_millions(recipe: Recipe) -> float:
+def expected_millions(recipe: TokenizerRecipe) -> float:
     """Counted by hand: blocks, patches, tokens, projections; the bottleneck's extra."""
     cfg = recipe.model
     d, depth, n = cfg.backbone.width, cfg.backbone.depth, cfg.num_tokens
@@ -89,7 +94,7 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         "data.workers=0",
         "objective.perceptual=null",
         "schedule={steps: 2, warmup: 0}",
-        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false}",
+        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false, start_from: null}",
     ]
     if recipe.objective.adversarial is not None:
         overrides += ["objective.adversarial={start: 0, discriminator: {base: 4, multipliers: [1, 1]}}"]
@@ -99,6 +104,88 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         overrides += ["model.condition.num_classes=2"]
     if recipe.model.bottleneck.kind == "vq":
         overrides += ["model.bottleneck.codes=16"]
+    losses: list[float] = []
+    report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
+    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+
+
+# ------------------------------------------------------------------ generators
+
+
+def expected_generator_millions(recipe: GeneratorRecipe) -> float:
+    """Counted by hand: blocks with their modulations, the embeddings of latents, time and condition, the output."""
+    cfg = recipe.model
+    d, depth, channels = cfg.backbone.width, cfg.backbone.depth, cfg.latents.latent_dim
+    hidden = int(d * cfg.backbone.mlp_ratio)
+    block = (3 * d * d + 3 * d) + (d * d + d) + (d * hidden + hidden) + (hidden * d + d) + (6 * d * d + 6 * d)
+    total = (channels * d + d) + (256 * d + d) + (d * d + d) + (2 * d * d + 2 * d) + (2 * channels * d + 2 * channels)
+    heads = 2 * d // cfg.backbone.heads if cfg.backbone.qk_norm else 0
+    block += heads
+    if isinstance(cfg.condition, Prompt):
+        block += 2 * (d * d + d) + (2 * d * d + 2 * d) + heads
+        total += (cfg.condition.encoder.dim * d + d) + cfg.condition.null_tokens * d
+    else:
+        total += (cfg.condition.num_classes + 1) * d
+    return (total + depth * block) / 1e6
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_builds_at_its_real_size(name: str) -> None:
+    recipe = load_recipe(name)
+    model, flops = count_generator_flops(recipe.model)
+    assert millions(model) == pytest.approx(expected_generator_millions(recipe), rel=1e-9)
+    assert flops > 0
+
+
+def test_there_is_a_generator_for_every_row_of_tables_1_to_3() -> None:
+    tables = {f"generator/dit-l-{n}-{size}{twin}" for n in (32, 64, 128, 256) for size in (256, 512) for twin in ("", "-baseline")}
+    tables |= {f"generator/dit-xl-{n}-{size}" for n in (32, 64, 128, 256) for size in (256, 512)}
+    tables |= {f"generator/t2i-xl-{n}-256{twin}" for n in (32, 64, 128) for twin in ("", "-baseline")}
+    assert tables < set(GENERATORS)
+    for name in tables:
+        recipe = load_recipe(name)
+        kind, size, tokens = name.removeprefix("generator/").split("-")[:3]
+        assert recipe.model.latents.num_tokens == int(tokens)
+        if kind == "dit":
+            assert millions(count_generator_flops(recipe.model)[0]) == pytest.approx(DIT[size.upper()], abs=0.1)
+
+
+def test_twins_differ_in_what_they_reproduce_alone() -> None:
+    for name in GENERATORS:
+        if name.endswith("-baseline"):
+            twin, text = (load_recipe(n).model_dump() for n in (name, name.removesuffix("-baseline")))
+            assert {key for key in text if text[key] != twin[key]} == {"reproduces"}
+
+
+def test_the_vanilla_setting_differs_in_optimisation_alone() -> None:
+    ours, vanilla = (load_recipe(f"generator/dit-xl-256-256{suffix}") for suffix in ("", "-vanilla"))
+    assert vanilla.model == ours.model
+    assert (vanilla.optimizer.lr, vanilla.training.batch_size, lr_scale(0, vanilla.schedule)) == (1e-4, 256, 1.0)
+    assert lr_scale(vanilla.schedule.steps - 1, vanilla.schedule) == 1.0
+    for recipe in (ours, vanilla):
+        assert recipe.schedule.steps * recipe.training.batch_size / 1_281_167 == pytest.approx(350, rel=2e-3)
+
+
+def test_the_tiny_generators_are_of_the_bundled_size() -> None:
+    for name in ("tiny/class-32-128", "tiny/t2i-32-128"):
+        assert plan(load_recipe(name))["generator_parameters_M"] <= 12
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, store: Path, models: Path) -> None:
+    recipe = load_recipe(name)
+    overrides = [
+        "model.latents.num_tokens=4",
+        "model.backbone={depth: 1, width: 32, heads: 2}",
+        f"data={{train: [{store}], tokenizer: {models / 'text.safetensors'}}}",
+        "schedule={steps: 2, warmup: 0}",
+        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false}",
+    ]
+    if isinstance(recipe.model.condition, Prompt):
+        overrides += ["model.condition.encoder={kind: hash, name: null, dim: 16, max_tokens: 24, precision: fp32}"]
+    else:
+        overrides += ["model.condition.num_classes=2"]
     losses: list[float] = []
     report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
     run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")

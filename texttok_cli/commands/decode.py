@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -60,9 +60,11 @@ def decode(
             captions = part.header.captions if caption is None else [caption] * len(part)
             for start in range(0, len(part), batch_size):
                 chosen = slice(start, start + batch_size)
-                images = tokenizer.decode(part.z[chosen], captions and captions[chosen])
-                for image, image_id, sha256 in zip(images, part.header.ids[chosen], part.header.input_sha256[chosen], strict=True):
-                    target.save(image, image_id, sha256, source=path)
+                z = part.z[chosen] if part.header.codes is None else tokenizer.lookup(part.z[chosen])
+                images = tokenizer.decode(z, captions and captions[chosen])
+                for i, image in enumerate(images, start):
+                    image_id = _mirrored(part.header.ids[i]) if part.header.flipped[i] else part.header.ids[i]
+                    target.save(image, image_id, part.header.input_sha256[i], source=path)
                 bar.advance(task, len(images))
     written = [str(path) for path in target.written]
     emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
@@ -106,8 +108,13 @@ def _check_fits(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
     """TokenFileError for a header that names this model and latents that can't be its own."""
     from texttok_cli.errors import TokenFileError
 
-    cfg = tokenizer.cfg
-    theirs, ours = (*part.z.shape[1:], part.header.image_size), (cfg.num_tokens, cfg.latent_dim, cfg.image_size)
+    cfg, header = tokenizer.cfg, part.header
+    if header.codes != tokenizer.num_codes:
+        raise TokenFileError(
+            f"{path}: damaged: its tokens index {header.codes} codes, its model {tokenizer.info.name} has {tokenizer.num_codes}"
+        )
+    d = cfg.latent_dim if header.codes is not None else part.z.shape[2]
+    theirs, ours = (part.z.shape[1], d, header.image_size), (cfg.num_tokens, cfg.latent_dim, cfg.image_size)
     if theirs != ours:
         raise TokenFileError(f"{path}: damaged: N, d and image size are {theirs}, those of its model {tokenizer.info.name} {ours}")
     if (part.header.captions is None) != (tokenizer.text_condition is None):
@@ -162,6 +169,12 @@ class _Target:
         path = folder / f"{stem}.png"
         # a.png and a.jpg of one folder: the second keeps its whole name.
         return folder / f"{last}.png" if self.written.get(path) == source else path
+
+
+def _mirrored(image_id: str) -> str:
+    """The id under which the mirrored copy of an image is written: dog.png -> dog.mirrored.png."""
+    path = PurePosixPath(image_id)
+    return str(path.with_name(f"{path.stem}.mirrored{path.suffix}")) if path.name else image_id
 
 
 def safe_parts(image_id: str) -> list[str]:

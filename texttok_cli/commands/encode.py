@@ -22,9 +22,9 @@ from texttok_cli.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from texttok_cli.data import Dataset
+    from texttok_cli.data import Dataset, Item
     from texttok_cli.inference import Tokenizer
-    from texttok_cli.tokens import Tokens
+    from texttok_cli.tokens import TokenDtype, Tokens
 
 Inputs = Annotated[
     list[str],
@@ -39,7 +39,11 @@ def encode(
     caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
     no_caption: Annotated[bool, typer.Option("--no-caption", help="Use the empty condition, and record that.")] = False,
     out: OutOption = None,
-    dtype: Annotated[Literal["fp16", "fp32", "int8"], typer.Option(help="How tokens are stored.")] = "fp16",
+    flips: Annotated[bool, typer.Option("--flips", help="Also the tokens of every mirrored image, into the same folder.")] = False,
+    dtype: Annotated[
+        Literal["fp16", "fp32", "int8"] | None,
+        typer.Option(help="How latents are stored: fp16 unless said. Codes of a VQ model are integers."),
+    ] = None,
     model: ModelOption = "texttok-32-128",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
@@ -70,7 +74,10 @@ def encode(
     if tokenizer.text_condition is None and (caption is not None or captions is not None):
         raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or take a model with text")
     texts = _texts(tokenizer, dataset, caption=caption, no_caption=no_caption)
-    job = _Folder(target, tokenizer, dtype) if isinstance(target, Path) else _Files(target, tokenizer, dtype)
+    stored = tokenizer.token_dtype(dtype)
+    if flips and not isinstance(target, Path):
+        raise DataError("--flips is for a data set whose tokens go into a folder, not for image files")
+    job = _Folder(target, tokenizer, stored, flips) if isinstance(target, Path) else _Files(target, tokenizer, stored)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     with progress(quiet=quiet) as bar:
         task = bar.add_task("encoding", total=len(dataset), note="")
@@ -80,18 +87,18 @@ def encode(
             bar.advance(task)
 
         def wanted(index: int, sha256: str) -> bool:
-            there = job.has(index, dataset.items[index].id, sha256, None if texts is None else texts[index])
+            there = job.has(index, dataset.items[index], sha256, None if texts is None else texts[index])
             if there:
                 bar.advance(task)
             return not there
 
-        try:
-            parts = encode_dataset(tokenizer, dataset, texts, dtype=dtype, batch_size=batch_size, on_error=on_error, wanted=wanted)
+        with job:
+            parts = encode_dataset(
+                tokenizer, dataset, texts, dtype=dtype, flips=flips, batch_size=batch_size, on_error=on_error, wanted=wanted
+            )
             for indices, tokens in parts:
                 job.add(indices, tokens)
-                bar.advance(task, len(indices))
-        finally:
-            job.finish()
+                bar.advance(task, tokens.header.flipped.count(False))
     for image_id, reason in failed:
         say(f"skipped {image_id}: {reason}")
     if job.cropped and not quiet:
@@ -149,8 +156,13 @@ def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, no_ca
 
 
 def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
-    """What the command reports; the ratios are to the uncompressed pixels that were encoded (24 bits each)."""
+    """What the command reports; the ratios are to the uncompressed pixels that were encoded (24 bits each).
+
+    Tokens count with the bits they are stored in, codes with those that name one of K.
+    """
     summary: dict[str, object] = {"out": job.out, "model": tokenizer.info.name, "images": job.encoded}
+    if job.mirrored:
+        summary["mirrored"] = job.mirrored
     if readable > job.encoded:
         summary["already_there"] = readable - job.encoded
     if failed:
@@ -159,34 +171,46 @@ def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed:
         pixels = 3 * tokenizer.cfg.image_size**2
         summary["tokens_per_image"] = tokenizer.cfg.num_tokens
         summary["token_bytes_per_image"] = job.token_bytes // job.encoded
-        summary["compression"] = pixels * job.encoded / job.token_bytes
+        if tokenizer.num_codes is not None:
+            summary["token_bits_per_image"] = job.token_bits // job.encoded
+        summary["compression"] = 8 * pixels * job.encoded / job.token_bits
         if job.caption_bytes:
-            summary["compression_with_captions"] = pixels * job.encoded / (job.token_bytes + job.caption_bytes)
+            summary["compression_with_captions"] = 8 * pixels * job.encoded / (job.token_bits + 8 * job.caption_bytes)
     return summary
 
 
 class _Job:
-    """What has been encoded, and where it goes."""
+    """What has been encoded, and where it goes; a context that keeps what is done when the run is cut off."""
 
     def __init__(self) -> None:
-        self.encoded = self.cropped = self.token_bytes = self.caption_bytes = 0
+        self.encoded = self.mirrored = self.cropped = self.token_bytes = self.token_bits = self.caption_bytes = 0
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is open."""
 
     def count(self, tokens: Tokens) -> None:
+        if all(tokens.header.flipped):
+            self.mirrored += len(tokens)  # of images that count already
+            return
         self.encoded += len(tokens)
         self.cropped += sum(width != height for width, height in tokens.header.original_sizes)
         self.token_bytes += tokens.token_bytes
+        self.token_bits += tokens.token_bits
         self.caption_bytes += tokens.caption_bytes
 
 
 class _Files(_Job):
     """One token file an image."""
 
-    def __init__(self, files: list[Path], tokenizer: Tokenizer, dtype: str) -> None:
+    def __init__(self, files: list[Path], tokenizer: Tokenizer, dtype: TokenDtype) -> None:
         super().__init__()
         self.files, self.tokenizer, self.dtype = files, tokenizer, dtype
         self.there: set[Path] = set()  # those of the files that are written or were before
 
-    def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
+    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
         from texttok_cli.errors import TokenFileError
         from texttok_cli.tokens import load_token_header
 
@@ -210,9 +234,6 @@ class _Files(_Job):
             save_tokens(self.files[index], select(tokens, [i]))
             self.there.add(self.files[index])
 
-    def finish(self) -> None:
-        """Every file is written by now."""
-
     @property
     def out(self) -> list[str]:
         return [str(file) for file in self.files if file in self.there]
@@ -221,21 +242,26 @@ class _Files(_Job):
 class _Folder(_Job):
     """Shards and an index in one folder."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: Literal["fp16", "fp32", "int8"]) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool) -> None:
         from texttok_cli.tokens import TokenFolder
 
         super().__init__()
+        self.flips = flips
         self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
 
-    def has(self, index: int, image_id: str, sha256: str, caption: str | None) -> bool:
-        return self.folder.has(image_id, sha256, caption)
+    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
+        copies = (False, True) if self.flips else (False,)
+        return all(self.folder.has(item.id, sha256, caption, item.class_name, flipped=flipped) for flipped in copies)
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
         self.count(tokens)
         self.folder.add(tokens)
 
-    def finish(self) -> None:
-        self.folder.flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.folder.finish()
+        else:
+            self.folder.flush()
 
     @property
     def out(self) -> str:

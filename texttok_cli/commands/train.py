@@ -16,7 +16,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.batch_size=64")] = None,
     out: OutOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and its tokenizer's parameters, FLOPs and state; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and its model's parameters, FLOPs and state; train nothing.")
     ] = False,
     device: DeviceOption = "auto",
     offline: OfflineOption = False,
@@ -24,7 +24,10 @@ def train(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a tokenizer as a recipe says. The same command again resumes an interrupted run."""
+    """Train a tokenizer or a generator as a recipe says. The same command again resumes an interrupted run.
+
+    A tokenizer is trained on images, a generator on folders of tokens that `texttok encode DATASET -o FOLDER` wrote.
+    """
     from texttok_cli.config.loader import dump_recipe, load_recipe
     from texttok_cli.console import emit, progress, say, stdout
 
@@ -51,7 +54,8 @@ def train(
         def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total, note="")
-            note = {"note": "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("l2", "perceptual", "lr_scale"))} if values else {}
+            shown = ("l2", "perceptual", "mse", "vlb", "lr_scale")
+            note = {"note": "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in shown)} if values else {}
             bar.update(tasks[what], completed=done, **note)  # type: ignore[arg-type]
 
         report = Reporter(say if speaks and not quiet else lambda _: None, on_progress)

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from texttok_cli.config.schema import Recipe
+from texttok_cli.config.schema import GeneratorRecipe, Recipe, TokenizerRecipe
 from texttok_cli.errors import RecipeError
 
 # A mapping that changes one of these is another thing: it replaces what it extends instead of being merged into it.
 DISCRIMINATORS = ("source", "kind", "size")
+AnyRecipe = TokenizerRecipe | GeneratorRecipe
+TASKS: dict[str, type[AnyRecipe]] = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
 
 
 def recipes_root() -> Path:
@@ -32,7 +34,7 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("base/"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe by path or bundled name, apply `a.b=value` overrides, and check every key.
 
     Raises RecipeError with one line per mistake, each naming the file, the key and, for a misspelt one, the likely key.
@@ -41,11 +43,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     data = _read(path)
     for override in overrides:
         data = merge(data, _parse_override(override))
+    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    task = data.get("task", "tokenizer")
+    if task not in TASKS:
+        raise RecipeError(f"{where}: task {task!r} is not one of {', '.join(TASKS)}")
     try:
-        return Recipe.model_validate(data)
+        return TASKS[task].model_validate(data)
     except ValidationError as err:
-        where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-        raise RecipeError("\n".join(f"{where}: {_explain(e)}" for e in err.errors())) from None
+        raise RecipeError("\n".join(f"{where}: {_explain(e, TASKS[task])}" for e in err.errors())) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -110,8 +115,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     return parsed  # type: ignore[no-any-return]
 
 
-def _explain(error: Any) -> str:
-    keys, names = _walk(tuple(str(part) for part in error["loc"]))
+def _explain(error: Any, schema: type[BaseModel]) -> str:
+    keys, names = _walk(tuple(str(part) for part in error["loc"]), schema)
     where = ".".join(keys)
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
@@ -122,9 +127,9 @@ def _explain(error: Any) -> str:
     return f"{where or 'recipe'}: {message[0].lower()}{message[1:]}{given}"
 
 
-def _walk(loc: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def _walk(loc: tuple[str, ...], schema: type[BaseModel]) -> tuple[list[str], list[str]]:
     """A pydantic location without the tags of unions, and the keys that the schema knows beside its last one."""
-    models: list[type[BaseModel]] = [Recipe]
+    models = [schema]
     keys: list[str] = []
     for part in loc[:-1]:
         fields = [m.model_fields[part] for m in models if part in m.model_fields]

@@ -213,6 +213,7 @@ class Prompt(Config):
     source: Literal["text"]
     encoder: TextEncoderConfig = TextEncoderConfig()
     dropout: float = Field(0.1, ge=0, le=1)  # PixArt
+    null_tokens: int = Field(16, ge=1, le=4096)  # length of the learned sequence that stands for no caption
 
 
 class DDPM(Config):
@@ -271,6 +272,15 @@ class DataConfig(Config):
         return self
 
 
+class LatentData(Config):
+    """What a generator trains on: folders of tokens that `texttok encode DATASET -o FOLDER` wrote, all of one tokenizer."""
+
+    train: Paths
+    val: Paths = []
+    tokenizer: str | None = None  # whose tokens they are: bundled name, path or hf://
+    captions: str | None = None  # a captions.jsonl that overrides what stands in the token files, for tokens of a model without text
+
+
 class PerceptualLoss(Config):
     """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
 
@@ -324,16 +334,16 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """Learning rate as a function of the optimizer step: warm-up, then cosine or constant-then-linear, to zero."""
+    """Learning rate as a function of the optimizer step: warm-up, then constant, then cosine or linear to zero."""
 
     steps: int = Field(ge=1)
     warmup: int = Field(0, ge=0)
     decay: Literal["cosine", "linear"] = "cosine"
-    decay_fraction: float = Field(1.0, gt=0, le=1)  # the last part of the steps in which the rate falls
+    decay_fraction: float = Field(1.0, ge=0, le=1)  # the last part of the steps in which the rate falls; 0: it never does
 
 
 class TrainConfig(Config):
-    """The run itself."""
+    """The run itself: what all tasks have in common."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     start_from: str | None = None  # a model of the same configuration whose weights the run begins with: bundled name, path or hf://
@@ -351,28 +361,66 @@ class TrainConfig(Config):
     log_every: int = Field(50, ge=1)
     save_every: int = Field(5000, ge=1)
     val_every: int = Field(5000, ge=1)
+
+
+class TokenizerTraining(TrainConfig):
+    """A tokenizer's run."""
+
     val_images: int = Field(512, ge=1)
     val_rfid: bool = False  # also the rFID of those images, if the features' weights are found: of so few a number to watch, not to quote
     grid_images: int = Field(8, ge=0)  # validation images drawn beside their reconstructions at every validation
 
 
+class GeneratorOptimizer(OptimizerConfig):
+    """AdamW as W.A.L.T's, whose schedule the paper's 350 epochs are [I]."""
+
+    kind: Literal["adam", "adamw", "muon"] = "adamw"
+    lr: float = Field(5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)  # DiT: AdamW's usual
+
+
+class GeneratorTraining(TrainConfig):
+    """A generator's run."""
+
+    batch_size: int = Field(1024, ge=1)  # [I] W.A.L.T
+    ema: float = Field(0.9999, ge=0, lt=1)  # DiT
+    val_latents: int = Field(2048, ge=1)  # validation images behind the validation loss
+    grid_images: int = Field(8, ge=0)  # samples drawn below the reconstructions of as many validation images, at every validation
+
+
 class Recipe(Config):
-    """All that `texttok train` needs to know."""
+    """All that `texttok train` needs to know, as far as the tasks have it in common."""
+
+    reproduces: str = ""  # which table of the paper, or what else this recipe is for
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    training: TrainConfig
+
+
+class TokenizerRecipe(Recipe):
+    """How a tokenizer is trained."""
 
     task: Literal["tokenizer"] = "tokenizer"
-    reproduces: str = ""  # which table of the paper, or what else this recipe is for
     model: TokenizerConfig
     data: DataConfig
     objective: Objective = Objective()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig
-    training: TrainConfig = TrainConfig()
+    training: TokenizerTraining = TokenizerTraining()
 
     @model_validator(mode="after")
-    def _adaptive_runs_uncompiled(self) -> Recipe:
+    def _adaptive_runs_uncompiled(self) -> TokenizerRecipe:
         adversarial = self.objective.adversarial
         if adversarial is not None and adversarial.adaptive and self.training.compile:
             raise ValueError(
                 "objective.adversarial.adaptive reads the gradients twice, compiled graphs allow it once: set training.compile to false"
             )
         return self
+
+
+class GeneratorRecipe(Recipe):
+    """How a generator is trained; its loss follows from model.process."""
+
+    task: Literal["generator"]
+    model: GeneratorConfig
+    data: LatentData
+    optimizer: GeneratorOptimizer = GeneratorOptimizer()
+    training: GeneratorTraining = GeneratorTraining()

@@ -78,7 +78,7 @@ def with_captions(items: list[Item], path: Path) -> list[Item]:
 
     Raises DataError for a file that is not there or a line that can't be read.
     """
-    captions = dict(_caption_lines(path))
+    captions = read_captions(path)
     sharing = Counter(alias for item in items for alias in {Path(item.id).name, Path(item.id).stem})
 
     def caption_of(item: Item) -> str | None:
@@ -88,6 +88,11 @@ def with_captions(items: list[Item], path: Path) -> list[Item]:
         return item.caption
 
     return [replace(item, caption=caption_of(item)) for item in items]
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """A captions.jsonl: captions by id. DataError for a file that is not there or a line that can't be read."""
+    return dict(_caption_lines(path))
 
 
 def _is_utf8(name: str) -> bool:

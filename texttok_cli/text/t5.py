@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoTokenizer, T5Config, T5EncoderModel
 
 from texttok_cli.assets import is_offline
 from texttok_cli.config.schema import TextEncoderConfig
@@ -76,3 +76,14 @@ def _not_found(name: str, *, offline: bool) -> str:
     if offline:
         return f"text encoder {name}: neither a folder nor in the hub cache: give a local folder as its name, or run once without --offline"
     return f"text encoder {name}: neither a folder nor to be had from the hub: check the name and the network, or give a local folder"
+
+
+# T5 v1.1's encoders: width, width of the gated feed-forward, layers, heads of 64 channels.
+T5_SIZES = {"XL": (2048, 5120, 24, 32), "XXL": (4096, 10240, 24, 64)}
+
+
+def untrained_t5(size: str) -> nn.Module:
+    """T5 v1.1's encoder of this size as it comes into being, on torch's default device: to plan with and to time."""
+    width, hidden, layers, heads = T5_SIZES[size]
+    shape = T5Config(d_model=width, d_ff=hidden, num_layers=layers, num_heads=heads, d_kv=64, feed_forward_proj="gated-gelu")
+    return _States(T5EncoderModel(shape)).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What turns dataset indices into a model's condition during training: nothing, class ids, or text tokens."""
+"""What turns indices of training examples into a model's condition: nothing, class ids, or text tokens."""
 
 from __future__ import annotations
 
@@ -7,52 +7,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from texttok_cli.config.schema import ClassEmbedding, NoCondition, Recipe, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig, TokenizerRecipe
 from texttok_cli.data import Dataset
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.inference import texts_for
 from texttok_cli.text import embed_corpus, estimate_bytes, load_text_encoder
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.report import Reporter
-from texttok_cli.training.tokenizer_task import Conditioner
+
+# Indices into a data set -> the condition of those examples, as the keyword arguments of the model's forward.
+Conditioner = Callable[[Sequence[int]], dict[str, Any]]
 
 
 def build_conditioners(
-    recipe: Recipe, datasets: Sequence[Dataset], out: Path, engine: Engine, report: Reporter, offline: bool
+    recipe: TokenizerRecipe, datasets: Sequence[Dataset], out: Path, engine: Engine, report: Reporter, offline: bool
 ) -> list[Conditioner]:
-    """For each dataset, what turns indices into the model's condition."""
+    """For each dataset, what turns indices into a tokenizer's condition."""
     cond = recipe.model.condition
     if isinstance(cond, NoCondition):
         return [lambda indices: {"cond": None} for _ in datasets]
     if isinstance(cond, ClassEmbedding):
-        return _class_conditioners(cond, datasets, engine.device)
-    return _text_conditioners(recipe, cond, datasets, out, engine, report, offline)
-
-
-def _class_conditioners(cond: ClassEmbedding, datasets: Sequence[Dataset], device: torch.device) -> list[Conditioner]:
-    names = sorted({item.class_name for item in datasets[0].items if item.class_name is not None})
-    if len(names) != cond.num_classes:
-        raise RecipeError(f"model.condition.num_classes is {cond.num_classes}, the training images have {len(names)} classes")
-    ids = {name: i for i, name in enumerate(names)}
-
-    def conditioner(dataset: Dataset) -> Conditioner:
-        unknown = next((item for item in dataset.items if item.class_name not in ids), None)
-        if unknown is not None:
-            raise DataError(f"{unknown.id}: class {unknown.class_name!r} is not among the training classes")
-        table = torch.tensor([ids[str(item.class_name)] for item in dataset.items], device=device)
-        return lambda indices: {"cond": None, "class_ids": table[list(indices)]}
-
-    return [conditioner(dataset) for dataset in datasets]
-
-
-def _text_conditioners(
-    recipe: Recipe, cond: TextCondition, datasets: Sequence[Dataset], out: Path, engine: Engine, report: Reporter, offline: bool
-) -> list[Conditioner]:
-    encoder = load_text_encoder(cond.encoder, device=engine.device, offline=offline)
+        named = [[(item.id, item.class_name) for item in dataset.items] for dataset in datasets]
+        return [class_conditioner(ids, cond=None) for ids in class_ids(named, cond.num_classes, engine.device)[1]]
     texts = [texts_for(dataset.items, cond) for dataset in datasets]
+    return text_conditioners(cond.encoder, texts, out, engine, report, cache=recipe.training.text_cache, offline=offline)
+
+
+def class_ids(named: Sequence[Sequence[tuple[str, str | None]]], num_classes: int, device: torch.device) -> tuple[list[str], list[Tensor]]:
+    """Of data sets' (id, class name) pairs, training first: the classes, ids being ranks, and the ids (n,) of each set's examples.
+
+    RecipeError if the training set has another number of classes, DataError for a class that it doesn't have.
+    """
+    classes = sorted({name for _, name in named[0] if name is not None})
+    if len(classes) != num_classes:
+        raise RecipeError(f"model.condition.num_classes is {num_classes}, the training images have {len(classes)} classes")
+    ids = {name: i for i, name in enumerate(classes)}
+    unknown = next(((example, name) for part in named for example, name in part if name not in ids), None)
+    if unknown is not None:
+        raise DataError(f"{unknown[0]}: class {unknown[1]!r} is not among the training classes")
+    return classes, [torch.tensor([ids[str(name)] for _, name in part], device=device) for part in named]
+
+
+def class_conditioner(ids: Tensor, **others: Any) -> Conditioner:
+    """Class ids (n,) as a condition, beside other arguments that are the same for all."""
+    return lambda indices: {**others, "class_ids": ids[list(indices)]}
+
+
+def text_conditioners(
+    cfg: TextEncoderConfig,
+    texts: Sequence[Sequence[str]],
+    out: Path,
+    engine: Engine,
+    report: Reporter,
+    *,
+    cache: bool,
+    offline: bool,
+) -> list[Conditioner]:
+    """For each data set's texts the encoder's token states; with `cache` all are embedded once, to `out`/text."""
+    encoder = load_text_encoder(cfg, device=engine.device, offline=offline)
     embed: Callable[[Sequence[str]], Any] = encoder
-    if recipe.training.text_cache:
+    if cache:
         corpus = sorted({text for part in texts for text in part})
         size = estimate_bytes(encoder, corpus)
         report.message(f"text cache: {len(corpus):,} captions, {size / 1e9:.2f} GB in {out / 'text'}")
@@ -65,7 +81,7 @@ def _text_conditioners(
         engine.wait()
         embed = embed_corpus(encoder, corpus, out / "text", on_progress=on_progress)
 
-    def conditioner(part: list[str]) -> Conditioner:
+    def conditioner(part: Sequence[str]) -> Conditioner:
         return lambda indices: {"cond": embed([part[i] for i in indices]).to(engine.device)}
 
     return [conditioner(part) for part in texts]

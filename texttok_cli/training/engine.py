@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,17 +12,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from texttok_cli.config.schema import TrainConfig
 from texttok_cli.errors import BackendError, RecipeError
+from texttok_cli.training.sharding import whole
 
 
 class Engine:
     """One process's view of a run, whether it is alone or one of many."""
 
-    def __init__(self, cfg: TrainConfig, *, out: Path, device: str = "auto") -> None:
+    def __init__(self, cfg: TrainConfig, *, out: Path, device: str = "auto", sharding: bool = False) -> None:
+        """`sharding`: the task can be trained with its weights split over processes (FSDP2), if so launched."""
         for tracker in cfg.trackers:
             if find_spec(tracker) is None:
                 raise BackendError(f"training.trackers: {tracker} is not installed: pip install {tracker}")
@@ -40,14 +49,22 @@ class Engine:
             log_with=list(cfg.trackers) or None,
             project_dir=str(out),
         )
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            # Accelerate looks for FSDP on accelerators only; FSDP2 itself runs over gloo as well.
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         if device not in ("auto", self.device.type):
             raise BackendError(f"--device {device}: training takes {self.device.type} on this machine; leave it out, or take cpu")
-        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        self.sharded: bool = self.accelerator.is_fsdp2
+        whole_models = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in whole_models and not (sharding and self.sharded):
             kind = self.accelerator.distributed_type.value
+            if sharding:
+                raise RecipeError(f"a generator is trained with DDP or FSDP2, not {kind}: launch with --fsdp_version 2, or without it")
             raise RecipeError(f"a tokenizer is trained with DDP, not {kind}: R1 needs second derivatives; launch without it")
         if cfg.batch_size % (self.world_size * cfg.accumulate):
             parts = f"{self.world_size} processes x {cfg.accumulate} accumulated parts"
@@ -55,8 +72,13 @@ class Engine:
         self.batch_size = cfg.batch_size // self.world_size
         self.seed = cfg.seed
 
-    def prepare(self, model: nn.Module) -> Any:
-        """The module to call in a step: on the device, autocast, compiled and wrapped as asked; shares its parameters."""
+    def prepare(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Any:
+        """The module to call in a step: on the device, autocast, compiled and wrapped as asked; shares its parameters.
+
+        Where weights are split over processes the model's parameters, and the optimizers' with them, become shards.
+        """
+        if self.sharded:
+            return self.accelerator.prepare(model, *optimizers)[0]
         return self.accelerator.prepare(model)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -68,6 +90,16 @@ class Engine:
         """Within it a backward pass leaves the gradients of `module` unaveraged, unless it is the last part of a step."""
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext() if last else self.accelerator.no_sync(module)
         return context
+
+    def accumulate(self, module: Any, size: int, parts: int, backward: Callable[[slice], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Run `backward` on each of `parts` equal slices of a batch of `size`; the means of the scalars that it returns."""
+        step = size // parts
+        values: dict[str, Tensor] = {}
+        for i in range(parts):
+            with self.local(module, last=i == parts - 1):
+                part = backward(slice(i * step, (i + 1) * step))
+            values = {name: values.get(name, 0.0) + value.detach() / parts for name, value in part.items()}
+        return values
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over processes by the wrapped module."""
@@ -96,6 +128,14 @@ class Engine:
         """Scalars averaged over all processes, as floats; one transfer."""
         stacked = torch.stack([v.detach().float().reshape(()).to(self.device) for v in values.values()])
         return dict(zip(values, self.averaged(stacked).tolist(), strict=True))
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of which some may be shards as whole ones, on the main process; all have to call it."""
+        if not self.sharded:
+            return dict(tensors)
+        # One at a time: the whole state of a sharded model need not fit on its devices.
+        moved = ((name, whole(tensor).cpu()) for name, tensor in tensors.items())
+        return {name: tensor for name, tensor in moved if self.is_main}
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process: what all must decide alike."""

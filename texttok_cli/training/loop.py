@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from texttok_cli.config.schema import Recipe
-from texttok_cli.errors import TrainingError
+from texttok_cli.errors import BackendError, TrainingError
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import lr_scale, set_lr
-from texttok_cli.training.run import RunFolder
+from texttok_cli.training.run import RunFolder, optimizer_tensors
 
 MAX_ROLL_BACKS = 3  # without a newly saved state in between
 
@@ -27,8 +28,8 @@ class Task(Protocol):
     optimizers: list[Optimizer]
     guard: Guard
 
-    def step(self, images: Tensor, indices: list[int], step: int) -> dict[str, Tensor]:
-        """One optimizer step."""
+    def step(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """One optimizer step on one of the batches it is given."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -52,16 +53,19 @@ def train(
 ) -> int:
     """Train to the recipe's last step, from the newest state in the run folder; returns the step it began at.
 
-    `batches(k)` yields batches with `images` and `indices` from the k-th on. Raises Interrupted after saving when
-    a signal asks to leave, TrainingError when steps stay bad (see Guard).
+    `batches(k)` yields batches from the k-th on; `validate(step)` is called in every process. Raises Interrupted after
+    saving when a signal asks to leave, TrainingError when steps stay bad (see Guard), BackendError without GPU memory.
     """
     begin, tensors = run.load_state(task.optimizers)
     if tensors:
         task.load_state(tensors)
     if engine.is_main:
         run.rewind_log(begin)
-    with _StopSignal() as stop:
-        _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
+    try:
+        with _StopSignal() as stop:
+            _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
+    except torch.OutOfMemoryError:
+        raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
     return begin
 
 
@@ -81,7 +85,7 @@ def _steps(
     for done, batch in zip(range(begin + 1, steps + 1), stream, strict=False):
         scale = lr_scale(done - 1, recipe.schedule)
         set_lr(task.optimizers, scale)
-        values = task.step(batch.images, batch.indices.tolist(), done - 1)
+        values = task.step(batch, done - 1)
         record = {}
         if done % cfg.log_every == 0 or done == steps:
             rate = clock.lap(done) * cfg.batch_size
@@ -96,12 +100,13 @@ def _steps(
         due = done % cfg.save_every == 0 and not rolling_back and task.guard.in_a_row == 0  # weights in doubt don't replace good ones
         if due or stopping or done == steps:
             roll_backs = 0
+            state = engine.gathered(task.state() | optimizer_tensors(task.optimizers))
             if engine.is_main:
-                run.save_state(done, task.state(), task.optimizers)
+                run.save_state(done, state)
             engine.wait()
         if stopping and done < steps:
             raise Interrupted(f"stopped at step {done}; the same command goes on from there")
-        if engine.is_main and (done % cfg.val_every == 0 or done == steps):
+        if done % cfg.val_every == 0 or done == steps:
             with clock.paused():
                 validated = validate(done)
             if validated:

@@ -1,35 +1,56 @@
-"""What a recipe's tokenizer will cost, worked out without allocating anything (meta tensors)."""
+"""What a recipe's model will cost, worked out without allocating anything (meta tensors)."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from texttok_cli.config.schema import Recipe, TextCondition, TokenizerConfig
+from texttok_cli.config.loader import AnyRecipe
+from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TokenizerConfig, TokenizerRecipe
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 
 STATE_COPIES = {"adam": 4, "adamw": 4, "muon": 3}  # fp32 copies: weights, EMA, and the optimizer's two moments (Muon: mostly one)
 
 
-def plan(recipe: Recipe) -> dict[str, float | int | str]:
-    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, of the tokenizer alone.
+def plan(recipe: AnyRecipe) -> dict[str, float | int | str]:
+    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, of the model alone that is trained.
 
-    What the discriminator, the perceptual network and the text encoder add is not in it, nor are activations.
+    What a discriminator, a perceptual network and a text encoder add is not in it, nor are activations.
     """
-    model, forward = count_flops(recipe.model)
+    model, forward = count_flops(recipe.model) if isinstance(recipe, TokenizerRecipe) else count_generator_flops(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
     images = recipe.schedule.steps * recipe.training.batch_size
-    return {
-        "tokenizer_parameters_M": parameters / 1e6,
-        "tokenizer_forward_GFLOP_per_image": forward / 1e9,
-        "tokenizer_training_GFLOP_per_image": 3 * forward / 1e9,
+    task = recipe.task
+    numbers: dict[str, float | int | str] = {
+        f"{task}_parameters_M": parameters / 1e6,
+        f"{task}_forward_GFLOP_per_image": forward / 1e9,
+        f"{task}_training_GFLOP_per_image": 3 * forward / 1e9,
         "optimizer_steps": recipe.schedule.steps,
         "images_seen": images,
-        "tokenizer_training_EFLOP": 3 * forward * images / 1e18,
-        "tokenizer_state_GB": 4 * parameters * (STATE_COPIES[recipe.optimizer.kind] + 1) / 1e9,  # + gradients
-        "token_bytes_per_image_fp16": 2 * recipe.model.num_tokens * recipe.model.latent_dim,
+        f"{task}_training_EFLOP": 3 * forward * images / 1e18,
+        f"{task}_state_GB": 4 * parameters * (STATE_COPIES[recipe.optimizer.kind] + 1) / 1e9,  # + gradients
     }
+    latents = recipe.model if isinstance(recipe, TokenizerRecipe) else recipe.model.latents
+    if not isinstance(latents, GridLatents):
+        numbers["token_bytes_per_image_fp16"] = 2 * latents.num_tokens * latents.latent_dim
+    return numbers
+
+
+def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:
+    """The model on the meta device, and the FLOPs of one forward pass on one image with all text tokens real."""
+    with torch.device("meta"):
+        model = DiT(cfg).eval()
+        x, t = torch.empty(1, *model.latent_shape), torch.zeros(1)
+        class_ids, cond = None, None
+        if isinstance(cfg.condition, Prompt):
+            cond = Condition(torch.empty(1, cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim))
+        else:
+            class_ids = torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, class_ids, cond)
+    return model, counter.get_total_flops()
 
 
 def count_flops(cfg: TokenizerConfig) -> tuple[TexTok, int]:

@@ -3,8 +3,8 @@
 OUT/recipe.yaml              what is being trained; another recipe in the same folder is refused
 OUT/metrics.jsonl            one JSON object a line
 OUT/state/step-00000500/     safetensors + JSON, written under another name and renamed when whole
-OUT/grids/step-00000500.png  validation images above their reconstructions
-OUT/model.safetensors        the EMA weights: what `texttok encode --model` takes
+OUT/grids/step-00000500.png  validation images above their reconstructions, or above samples of the same conditions
+OUT/model.safetensors        the EMA weights: what `--model` of the other commands takes
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
+from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
 from texttok_cli.config.schema import Recipe
 from texttok_cli.errors import CheckpointError, RecipeError
 from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
+from texttok_cli.training.sharding import split_like
 
 
 class RunFolder:
@@ -38,9 +40,9 @@ class RunFolder:
         self.state_path = path / "state"
 
     def open(self, recipe: Recipe) -> None:
-        """Create the folder, or go on in it; RecipeError if it was made by another recipe."""
+        """Create the folder, or go on in it; RecipeError if something was trained in it by another recipe."""
         text, file = dump_recipe(recipe), self.path / "recipe.yaml"
-        if file.exists():
+        if file.exists() and (self.metrics_path.exists() or self._states()):
             old = file.read_text(encoding="utf-8")
             if old != text:
                 keys = _differing_keys(yaml.safe_load(old), yaml.safe_load(text))
@@ -62,22 +64,21 @@ class RunFolder:
         with atomic_path(self.metrics_path) as tmp:
             tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
-    def save_grid(self, step: int, images: Tensor, reconstructions: Tensor) -> None:
-        """Draw images (B, 3, S, S) uint8 above their reconstructions, as OUT/grids/step-00000500.png."""
-        rows = [torch.cat(list(row), dim=2) for row in (images, reconstructions)]  # (3, S, B*S) each
+    def save_grid(self, step: int, above: Tensor, below: Tensor) -> None:
+        """Draw two rows of images (B, 3, S, S) uint8, as OUT/grids/step-00000500.png."""
+        rows = [torch.cat(list(row), dim=2) for row in (above, below)]  # (3, S, B*S) each
         picture = Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
         with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
             picture.save(tmp, format="PNG")
 
-    def save_state(self, step: int, tensors: dict[str, Tensor], optimizers: list[Optimizer]) -> None:
+    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""
         folder = self.state_path / f"step-{step:08d}"
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        state = {**tensors, **{k: v for i, o in enumerate(optimizers) for k, v in _optimizer_tensors(o, i).items()}}
         try:
-            save_safetensors(partial / "state.safetensors", state, {"texttok_state": 1, "step": step})
+            save_safetensors(partial / "state.safetensors", tensors, {"texttok_state": 1, "step": step})
         except BaseException:  # a full disk: give back what was taken of it
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -101,19 +102,40 @@ class RunFolder:
         return sorted(p for p in self.state_path.glob("step-*") if p.suffix != ".partial")
 
 
-def _optimizer_tensors(optimizer: Optimizer, index: int) -> dict[str, Tensor]:
+def history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
+    """What a model file says of its training; `started_from` is the sha256 of the model whose weights the run began with."""
+    said: dict[str, str | int] = {
+        "reproduces": recipe.reproduces,
+        "steps": recipe.schedule.steps,
+        "images_seen": recipe.schedule.steps * recipe.training.batch_size,
+        "texttok": __version__,
+    }
+    return said | ({} if started_from is None else {"started_from_sha256": started_from})
+
+
+def spread(n: int, limit: int) -> Sequence[int]:
+    """At most `limit` of n indices, evenly spread: a data set may be sorted."""
+    return range(0, n, -(-n // limit))
+
+
+def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Flat name -> tensor; groups are not saved: the recipe rebuilds them and the rate is a function of the step."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{index}.{p}.{name}": torch.as_tensor(v) for p, values in state.items() for name, v in values.items()}
+    return {
+        f"optimizer.{i}.{parameter}.{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(optimizers)
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
 def _restore_optimizer(optimizer: Optimizer, index: int, tensors: Mapping[str, Tensor]) -> None:
     prefix = f"optimizer.{index}."
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix):
             parameter, _, name = key.removeprefix(prefix).partition(".")
-            state.setdefault(int(parameter), {})[name] = value
+            state.setdefault(int(parameter), {})[name] = split_like(value, parameters[int(parameter)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from texttok_cli import __version__
 from texttok_cli.checkpoint import load_tokenizer_file
-from texttok_cli.config.schema import Recipe
+from texttok_cli.config.loader import AnyRecipe
+from texttok_cli.config.schema import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
 from texttok_cli.errors import BackendError, RecipeError
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.inception import FidInception
 from texttok_cli.models.tokenizer import TexTok
-from texttok_cli.training.conditioning import build_conditioners
+from texttok_cli.training.conditioning import Conditioner, build_conditioners
 from texttok_cli.training.engine import Engine
+from texttok_cli.training.generator_session import train_generator
 from texttok_cli.training.loop import train
 from texttok_cli.training.report import Reporter
-from texttok_cli.training.run import RunFolder
-from texttok_cli.training.tokenizer_task import Conditioner, TokenizerTask
+from texttok_cli.training.run import RunFolder, history, spread
+from texttok_cli.training.tokenizer_task import TokenizerTask
 
 STATISTICS_IMAGES = 10_000  # training images behind the per-channel latent statistics
 
 
-def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool = False, device: str = "auto") -> Path:
-    """Train a tokenizer as the recipe says, in folder `out`, from where an earlier run there stopped; returns the model file.
+def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: bool = False, device: str = "auto") -> Path:
+    """Train what the recipe says, in folder `out`, from where an earlier run there stopped; returns the model file.
 
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
     a signal.
     """
+    if isinstance(recipe, GeneratorRecipe):
+        return train_generator(recipe, out, report, offline=offline, device=device)
+    return _train_tokenizer(recipe, out, report, offline=offline, device=device)
+
+
+def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, offline: bool, device: str) -> Path:
     run = RunFolder(out)
     engine = Engine(recipe.training, out=out, device=device)
     train_set, val_set = _open(recipe, recipe.data.train), _open(recipe, recipe.data.val) if recipe.data.val else None
@@ -58,11 +63,11 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
     )
 
     def ordered(dataset: Dataset, limit: int, batch_size: int = 64) -> Iterator[EvalBatch]:
-        chosen = _spread(len(dataset), limit)
+        chosen = spread(len(dataset), limit)
         return eval_batches(dataset, image_size=recipe.model.image_size, batch_size=batch_size, indices=chosen, on_error=report.skipped)
 
     def validate(step: int) -> dict[str, float]:
-        if val_set is None:
+        if val_set is None or not engine.is_main:
             return {}
         grid = recipe.training.grid_images
         if grid:
@@ -74,15 +79,13 @@ def run_training(recipe: Recipe, out: Path, report: Reporter, *, offline: bool =
     steps = recipe.schedule.steps
     try:
         train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
-    except torch.OutOfMemoryError:
-        raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
     finally:
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)
         engine.finish()
     if engine.is_main:
         task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(run.model_path, _history(recipe, None if start is None else start[1]))
+        task.export(run.model_path, history(recipe, None if start is None else start[1]))
     return run.model_path
 
 
@@ -95,31 +98,20 @@ def _inception(engine: Engine, report: Reporter) -> FidInception | None:
         return None
 
 
-def _history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
-    """What the model file says of its training."""
-    history: dict[str, str | int] = {
-        "reproduces": recipe.reproduces,
-        "steps": recipe.schedule.steps,
-        "images_seen": recipe.schedule.steps * recipe.training.batch_size,
-        "texttok": __version__,
-    }
-    return history | ({} if started_from is None else {"started_from_sha256": started_from})
-
-
-def _open(recipe: Recipe, inputs: list[str]) -> Dataset:
+def _open(recipe: TokenizerRecipe, inputs: list[str]) -> Dataset:
     if not inputs:
         raise RecipeError("data.train is empty: name images, folders or shards, e.g. data.train='shards/train-{000..127}.tar'")
     captions = Path(recipe.data.captions) if recipe.data.captions else None
     return open_dataset(inputs, captions=captions, caption_field=recipe.data.caption_field)
 
 
-def _task(recipe: Recipe, engine: Engine, condition: Conditioner, start: TexTok | None, offline: bool) -> TokenizerTask:
+def _task(recipe: TokenizerRecipe, engine: Engine, condition: Conditioner, start: TexTok | None, offline: bool) -> TokenizerTask:
     cfg = recipe.objective.perceptual
     perceptual = None if cfg is None else build_perceptual(cfg.net, offline=offline).to(engine.device)
     return TokenizerTask(recipe, engine, condition, perceptual, start)
 
 
-def _start(recipe: Recipe, offline: bool) -> tuple[TexTok, str] | None:
+def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, str] | None:
     """The model that the run begins with and its sha256, if the recipe names one."""
     name = recipe.training.start_from
     if name is None:
@@ -130,8 +122,3 @@ def _start(recipe: Recipe, offline: bool) -> tuple[TexTok, str] | None:
         keys = ", ".join(key for key in ours if ours[key] != theirs[key])
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
     return model, info.sha256
-
-
-def _spread(n: int, limit: int) -> Sequence[int]:
-    """At most `limit` of n indices, evenly spread: a data set may be sorted."""
-    return range(0, n, -(-n // limit))

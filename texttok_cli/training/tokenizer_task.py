@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from texttok_cli.checkpoint import save_tokenizer
-from texttok_cli.config.schema import Recipe, VQBottleneck
-from texttok_cli.data import normalize, to_uint8
+from texttok_cli.config.schema import TokenizerRecipe, VQBottleneck
+from texttok_cli.data import Batch, normalize, to_uint8
 from texttok_cli.losses import adaptive_weight, l2
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
@@ -21,12 +21,11 @@ from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.bottleneck import code_usage
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.adversary import Adversary
+from texttok_cli.training.conditioning import Conditioner
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import build_optimizers
 
-# Indices into a dataset -> `cond` and `class_ids` of those images, as TexTok.forward takes them.
-Conditioner = Callable[[Sequence[int]], dict[str, Any]]
 # Two batches of images (B, 3, H, W) in [0, 1] -> their distances (B,).
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,7 +34,12 @@ class TokenizerTask:
     """Training of a TexTok by l2, perceptual and adversarial losses (Sec. 3.2), with an EMA of its weights."""
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, train_condition: Conditioner, perceptual: Distance | None, start: TexTok | None = None
+        self,
+        recipe: TokenizerRecipe,
+        engine: Engine,
+        train_condition: Conditioner,
+        perceptual: Distance | None,
+        start: TexTok | None = None,
     ) -> None:
         torch.manual_seed(recipe.training.seed)  # the initial weights
         self.recipe, self.engine, self.condition, self.perceptual = recipe, engine, train_condition, perceptual
@@ -47,12 +51,12 @@ class TokenizerTask:
         self.ema = AveragedModel(self.model, multi_avg_fn=average).eval()
         self.parameters = list(self.model.parameters())
         self.optimizers: list[Optimizer] = build_optimizers(self.parameters, self.model.block_matrices(), recipe.optimizer)
+        self.reconstruct = engine.prepare(self.model, self.optimizers)
         self.adversary: Adversary | None = None
         if recipe.objective.adversarial is not None:
             self.adversary = Adversary(recipe.objective.adversarial, recipe.model.image_size, engine)
             self.optimizers.append(self.adversary.optimizer)
         self.guard = Guard(recipe.training.spike)
-        self.reconstruct = engine.prepare(self.model)
 
     @property
     def ema_model(self) -> TexTok:
@@ -61,19 +65,15 @@ class TokenizerTask:
 
     # ------------------------------------------------------------------ a step
 
-    def step(self, images: Tensor, indices: Sequence[int], step: int) -> dict[str, Tensor]:
-        """One optimizer step on uint8 images (B, 3, S, S), unless the guard declines it; returns detached scalars to log."""
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One optimizer step, unless the guard declines it; returns detached scalars to log."""
         self.engine.seed_step(step)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        parts = self.recipe.training.accumulate
-        size = len(images) // parts
-        values: dict[str, Tensor] = {}
-        for i in range(parts):
-            chosen = slice(i * size, (i + 1) * size)
-            with self.engine.local(self.reconstruct, last=i == parts - 1):
-                part = self._backward(images[chosen], indices[chosen], step, 1 / parts)
-            values = {name: values.get(name, 0.0) + value.detach() / parts for name, value in part.items()}
+        images, indices, parts = batch.images, batch.indices.tolist(), self.recipe.training.accumulate
+        values = self.engine.accumulate(
+            self.reconstruct, len(images), parts, lambda part: self._backward(images[part], indices[part], step, 1 / parts)
+        )
         values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.grad_clip or float("inf"))
         adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
         if adversary is not None:

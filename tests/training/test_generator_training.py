@@ -1,0 +1,281 @@
+"""The generator's trainer: from tokens on disk to a generator file, exact resume, two processes, what a person gets wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from texttok_cli.checkpoint import caption_hash, load_generator_file
+from texttok_cli.config.loader import load_recipe
+from texttok_cli.data.latents import LatentBatch, LatentStore
+from texttok_cli.errors import DataError, RecipeError, TextTokError
+from texttok_cli.files import sha256_file
+from texttok_cli.training.engine import Engine
+from texttok_cli.training.generator_task import GeneratorTask, with_dropped
+from texttok_cli.training.loop import Interrupted
+from texttok_cli.training.report import Reporter
+from texttok_cli.training.session import run_training
+
+QUIET = Reporter(lambda _: None, lambda *_: None)
+# As `accelerate launch --use_fsdp --fsdp_version 2` sets it for what it starts.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+RecipeFile = Callable[..., Path]
+TEXT = {"source": "text", "dropout": 0.5, "null_tokens": 4, "encoder": {"kind": "hash", "dim": 16, "max_tokens": 24}}
+TINY: dict[str, Any] = {
+    "task": "generator",
+    "reproduces": "a test",
+    "model": {
+        "latents": {"kind": "tokens", "num_tokens": 4, "latent_dim": 8},
+        "backbone": {"depth": 2, "width": 32, "heads": 2},
+        "condition": {"source": "class", "num_classes": 2, "dropout": 0.5},
+        "process": {"kind": "ddpm"},
+    },
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"steps": 6, "warmup": 2},
+    "training": {"batch_size": 4, "precision": "fp32", "ema": 0.9, "log_every": 1, "save_every": 2, "val_every": 100, "grid_images": 2},
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, store: Path, models: Path) -> RecipeFile:
+    """Writes the tiny recipe with some sections' keys changed; returns its path."""
+
+    def write(**changes: dict[str, Any]) -> Path:
+        recipe = {**TINY, "data": {"train": [str(store)], "tokenizer": str(models / "text.safetensors")}}
+        recipe = {section: {**value, **changes.get(section, {})} if isinstance(value, dict) else value for section, value in recipe.items()}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
+    """Run in this process; the newest training state."""
+    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, device="cpu")
+    return newest_state(out)
+
+
+def newest_state(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((out / "state").glob("step-????????"))[-1] / "state.safetensors")
+
+
+def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def stop_at(step: int) -> Reporter:
+    """Sends this process SIGTERM when a step is done."""
+
+    def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+        if what == "training" and done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return Reporter(lambda _: None, progress)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": {"precision": "bf16"}, "optimizer": {"kind": "muon", "lr": 1e-3}},
+        {"model": {"condition": TEXT}, "training": {"accumulate": 2, "checkpointing": True}},
+        {"model": {"process": {"kind": "flow"}}},
+    ],
+    ids=["class", "bf16-muon", "text", "flow"],
+)
+def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {section: {**TINY[section], **value} for section, value in changes.items()}
+    recipe = recipe_file(**changes)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="step 3"):
+        train(recipe, tmp_path / "parts", report=stop_at(3))
+    torch.manual_seed(123)  # a resumed process begins with another random state
+    parts = train(recipe, tmp_path / "parts")
+    for a, b in ((whole, parts), *((load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts")),)):
+        assert a.keys() == b.keys() and not [key for key in a if not torch.equal(a[key], b[key])]
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "whole")]
+    assert steps == [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "parts")]
+    assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_leaves_a_generator_that_knows_what_it_was_trained_on(
+    recipe_file: RecipeFile, tmp_path: Path, store: Path, models: Path
+) -> None:
+    recipe = recipe_file(data={"val": [str(store)]}, training={**TINY["training"], "val_every": 3, "val_latents": 10})
+    state = train(recipe, tmp_path / "run")
+    dit, info = load_generator_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(value, state[f"ema.{name}"]) for name, value in dit.named_parameters())
+    assert not torch.equal(state["ema.embed.weight"], state["model.embed.weight"])
+    header = info.header
+    assert (header.tokenizer_name, header.tokenizer_sha256) == ("text", sha256_file(models / "text.safetensors"))
+    assert (header.classes, header.class_counts) == (["even", "odd"], [7, 7])
+    assert header.training["images_seen"] == 24
+    latents = LatentStore.open([store], model_sha256=header.tokenizer_sha256)
+    assert info.train_captions.tolist() == sorted({caption_hash(str(text)) for text in latents.captions})
+    flat = latents.z.double().flatten(0, 1)
+    torch.testing.assert_close(dit.latent_mean.double(), flat.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dit.latent_std.double(), flat.std(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert [line["step"] for line in metrics(tmp_path / "run", "val_mse")] == [3, 6]
+    assert {"val_vlb", "val_mse"} <= metrics(tmp_path / "run", "val_mse")[0].keys()
+    with Image.open(tmp_path / "run" / "grids" / "step-00000006.png") as grid:
+        assert grid.size == (2 * 32, 2 * 32)
+
+
+def test_the_loss_falls(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> None:
+    recipe = recipe_file(
+        data={"val": [str(store)]},
+        training={**TINY["training"], "batch_size": 28, "grid_images": 0, "ema": 0.5, "val_every": 1000, "save_every": 1000},
+        schedule={"steps": 150, "warmup": 0},
+        optimizer={"kind": "muon", "lr": 3e-3},
+    )
+    train(recipe, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["mse"] == pytest.approx(1, abs=0.2)  # a DiT begins with zeros: the noise's own variance
+    assert metrics(tmp_path / "run", "val_mse")[-1]["val_mse"] < 0.75
+
+
+def test_what_is_dropped_is_a_function_of_the_step_and_as_much_as_asked(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> None:
+    recipe = load_recipe(str(recipe_file()), ["model.condition.dropout=0.25", "training.batch_size=8192"])
+    latents = LatentStore.open([store], model_sha256=sha256_file(Path(recipe.data.tokenizer)))
+    task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda indices: {}, latents.statistics)
+    x0 = torch.zeros(8192, 4, 8)
+    first, again, other = task._draw(x0, 5), task._draw(x0, 5), task._draw(x0, 6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert first[2].double().mean() == pytest.approx(0.25, abs=0.02)
+    ids = with_dropped({"class_ids": torch.tensor([0, 1, 1])}, torch.tensor([True, False, True]), recipe.model)["class_ids"]
+    assert ids.tolist() == [2, 1, 2]
+
+
+def test_the_step_is_the_loss_of_the_process_on_standardised_latents(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> None:
+    """Against the formula written out: MSE of eps on x_t of the standardised latents, for one batch and no dropout."""
+    recipe = load_recipe(str(recipe_file()), ["model.condition.dropout=0", "model.process.learned_sigma=false"])
+    latents = LatentStore.open([store], model_sha256=sha256_file(Path(recipe.data.tokenizer)))
+    ids = torch.tensor([0, 1, 1, 0])
+    task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda i: {"class_ids": ids}, latents.statistics)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    z = latents.z[:4].float()
+    x0 = (z - torch.tensor(latents.statistics.mean)) / torch.tensor(latents.statistics.std)
+    t, noise, _ = task._draw(x0, 0)
+    bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t].float().view(-1, 1, 1)
+    expected = (task.model(bars.sqrt() * x0 + (1 - bars).sqrt() * noise, t.float(), ids) - noise).square().mean()
+    values = task.step(LatentBatch(z, torch.arange(4)), 0)
+    assert float(values["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("data.train=[]", RecipeError, "data.train is empty"),
+        ("data.tokenizer=null", RecipeError, "data.tokenizer is empty"),
+        ("data.tokenizer={models}/other.safetensors", DataError, "holds tokens of text .* not of the tokenizer that data.tokenizer names"),
+        ("data.train=[{models}]", TextTokError, r"no index\.json"),
+        ("model.latents.num_tokens=5", RecipeError, "model.latents are 5 tokens of 8 channels, those of text 4 of 8"),
+        ("model.latents={kind: grid, size: 4, channels: 8}", RecipeError, "trains generators on tokens"),
+        ("model.condition.num_classes=3", RecipeError, "num_classes is 3, the training images have 2 classes"),
+        ("model.condition={source: text, encoder: {kind: hash, dim: 8}}", RecipeError, "one embedding serves the generator and"),
+        ("training.start_from={models}/text.safetensors", TextTokError, "header.task: Input should be 'generator'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    recipe_file: RecipeFile, tmp_path: Path, models: Path, override: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        train(recipe_file(), tmp_path / "run", override.replace("{models}", str(models)))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_starts_from_a_generators_weights(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "first")
+    first = tmp_path / "first" / "model.safetensors"
+    train(recipe_file(), tmp_path / "second", f"training.start_from={first}", "schedule={steps: 1, warmup: 100000}")
+    a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
+    torch.testing.assert_close(a["embed.weight"], b["embed.weight"], atol=1e-6, rtol=0)
+    assert load_generator_file(tmp_path / "second" / "model.safetensors")[1].header.training["started_from_sha256"] == sha256_file(first)
+
+
+def test_a_twin_without_text_takes_prompts_from_a_list(
+    encoded: Callable[..., Path], recipe_file: RecipeFile, tmp_path: Path, models: Path
+) -> None:
+    plain = encoded("plain")
+    data = {"train": [str(plain)], "tokenizer": str(models / "plain.safetensors")}
+    recipe = recipe_file(model={**TINY["model"], "condition": TEXT}, data=data, schedule={"steps": 1})
+    with pytest.raises(DataError, match=r"its tokens have no caption"):
+        train(recipe, tmp_path / "without")
+    captions = tmp_path / "captions.jsonl"
+    ids = LatentStore.open([plain], model_sha256=sha256_file(models / "plain.safetensors")).ids
+    captions.write_text("".join(json.dumps({"id": image_id, "caption": f"about {image_id}"}) + "\n" for image_id in ids))
+    train(recipe, tmp_path / "with", f"data.captions={captions}")
+    _, info = load_generator_file(tmp_path / "with" / "model.safetensors")
+    assert info.train_captions.tolist() == sorted(caption_hash(f"about {image_id}") for image_id in ids)
+
+
+# ------------------------------------------------------------------ real processes
+
+
+def launched(recipe: Path, out: Path, **environment: str) -> str:
+    """Run in two processes; what they said."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
+    process = subprocess.run(
+        [*launcher, str(recipe), "--out", str(out), "--device", "cpu", "--offline"],
+        env=ENVIRONMENT | environment,
+        timeout=300,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stderr
+
+
+def assert_trained_alike(one: Path, two: Path, steps: int) -> None:
+    lines = metrics(one), metrics(two)
+    assert len(lines[0]) == len(lines[1]) == steps
+    for a, b in zip(*lines, strict=True):
+        for key in ("loss", "mse", "vlb", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    recipe = recipe_file(training={**TINY["training"], "accumulate": 2})
+    train(recipe, tmp_path / "one")
+    launched(recipe, tmp_path / "two")
+    assert_trained_alike(tmp_path / "one", tmp_path / "two", steps=6)
+
+
+def test_two_processes_with_split_weights_train_as_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """FSDP2 over gloo, from a state that one process saved; what it leaves is whole, as if one had gone on."""
+    recipe = recipe_file(training={**TINY["training"], "accumulate": 2}, optimizer={"lr": 1e-3, "grad_clip": 0.5})
+    whole = train(recipe, tmp_path / "one")
+    with pytest.raises(Interrupted, match="step 2"):
+        train(recipe, tmp_path / "two", report=stop_at(2))
+    said = launched(recipe, tmp_path / "two", **FSDP2)
+    assert "weights split over 2 processes (FSDP2)" in said
+    assert_trained_alike(tmp_path / "one", tmp_path / "two", steps=6)
+    state = newest_state(tmp_path / "two")
+    assert state.keys() == whole.keys() and any(key.startswith("optimizer.0.") for key in state)
+    for key in whole:
+        torch.testing.assert_close(state[key], whole[key], rtol=1e-4, atol=1e-5)
