@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# An experiment sweep from the shell: tokenizers of several token counts with text and without, each evaluated, all results in one report.
+# Run it again after an interruption: a finished run or report is left alone, an unfinished one goes on.
+#
+#   TRAIN='train-{0000..0015}.tar' VAL=val.tar benchmarks/sweep.sh [key=value ...]
+#
+# Any key of the recipe can be changed for all runs, as schedule.steps=2000. TOKENS and KINDS narrow the sweep, SIZE is 256 or 512 pixels,
+# IMAGES how many of VAL are evaluated, CAPTION_FIELD which key of a shard's .json is the caption, OUT the folder of everything (default runs/sweep), LAUNCH what starts a run (default texttok; for
+# 8 GPUs 'torchrun --nproc-per-node 8 -m texttok_cli').
+set -euo pipefail
+: "${TRAIN:?name the training images, e.g. TRAIN='train-{0000..0015}.tar'}" "${VAL:?name held-out images, e.g. VAL=val.tar}"
+read -ra launch <<< "${LAUNCH:-texttok}"
+out="${OUT:-runs/sweep}" size="${SIZE:-256}"
+mkdir -p "$out/results"
+for tokens in ${TOKENS:-32 64 128 256}; do
+  for kind in ${KINDS:-texttok baseline}; do
+    name="$kind-$tokens-$size"
+    run="$out/$name"
+    if [ ! -f "$run/model.safetensors" ]; then
+      "${launch[@]}" train "tokenizer/$name" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
+    fi
+    if [ ! -f "$out/results/$name.json" ]; then
+      cp "$run/model.safetensors" "$out/$name.safetensors" # a report calls a model by its file's name
+      texttok eval --metric rfid,psnr,ssim --model "$out/$name.safetensors" --data "$VAL" \
+        ${IMAGES:+-n "$IMAGES"} ${CAPTION_FIELD:+--caption-field "$CAPTION_FIELD"} -o "$out/results/$name.json"
+    fi
+  done
+done
+texttok bench report "$out/results" -o "$out/report"

@@ -1,0 +1,100 @@
+"""Results merged into Markdown, HTML and plots."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from texttok_cli.bench.report import find_results, markdown, page, rfid_by_tokens, target_table, tradeoff_tables, write_report
+from texttok_cli.bench.results import LatencyResult, Target, TradeoffResult, save_result
+from texttok_cli.errors import DataError
+
+Make = Callable[..., TradeoffResult]
+
+
+@pytest.fixture
+def sweep(tradeoff_result: Make) -> TradeoffResult:
+    return tradeoff_result(("B", 50, 8.0, 6.0), ("A", 50, 0.5, 5.0), ("A", 100, 1.0, 4.5), tokens={"B": 256, "A": 32})
+
+
+def test_everything_is_merged_into_one_page(latency_result: LatencyResult, sweep: TradeoffResult, tmp_path: Path) -> None:
+    save_result(tmp_path / "in" / "cpu.json", latency_result)
+    save_result(tmp_path / "in" / "deep" / "sweep.json", sweep)
+    (tmp_path / "in" / "loader.json").write_text('{"images": 3}')
+    (tmp_path / "in" / "points").mkdir()
+    (tmp_path / "in" / "points" / "0123.json").write_text("{}")  # a sweep's own points are in its result
+    found = find_results([tmp_path / "in"])
+    assert (list(found.latency), list(found.tradeoff)) == (["cpu"], ["sweep"])
+    assert [path.name for path in found.unknown] == ["loader.json"]
+    files = write_report(found, tmp_path / "out")
+    assert (
+        {path.name for path in files}
+        == {"report.md", "report.html", "sweep.png", "sweep.svg"}
+        == {p.name for p in (tmp_path / "out").iterdir()}
+    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| encode | TexTok-32 | 256 | 32 | 4 | - | 1 | 3 to 5 (3) | a \\| b; run time x 8 |" in text
+    assert "not measured: needs about 9.6 GB" in text and "![Speed and quality: small](sweep.png)" in text
+    assert "| A | 32 | 100 | ddim | 1.5 | 1 | 4.50 | 8 |" in text
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/png;base64," in html and "&lt;bf16&gt;" in html and "<bf16>" not in html
+    assert "http://" not in html and "https://" not in html and "<script" not in html
+    with Image.open(tmp_path / "out" / "sweep.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors() or []) > 50
+
+
+def test_the_paper_stands_beside_ours_in_a_column_of_its_own(sweep: TradeoffResult) -> None:
+    points, follows = tradeoff_tables(sweep)
+    assert points.columns[-2:] == ["FID", "samples"]
+    assert follows.columns == ["", "measured", "the paper's"]
+    [speedup, gain] = follows.rows
+    assert speedup[1].startswith("16 x (A, 50 steps") and speedup[2] == "14.3 x (256 px), 93.5 x (512 px)"
+    assert gain[1].startswith("25 % (A, 100 steps") and gain[2] == "34.0 % (256 px), 46.7 % (512 px)"
+
+
+def test_a_reference_that_nobody_reaches_is_said(tradeoff_result: Make) -> None:
+    _, follows = tradeoff_tables(tradeoff_result(("B", 50, 0.1, 1.0), ("A", 50, 0.5, 5.0), tokens={"B": 256, "A": 32}))
+    assert [row[1] for row in follows.rows] == ["no setting reaches it"] * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "cells"),
+    [
+        (Target(name="a", reached=0.69, least=0.7), [">= 0.7", "0.69", "no"]),
+        (Target(name="a", reached=0.3, most=0.4, unit="s"), ["<= 0.4 s", "0.3 s", "yes"]),
+        (Target(name="a", reached=123.456, unit="GFLOP/s"), ["- GFLOP/s", "123.5 GFLOP/s", "-"]),
+        (Target(name="a", reached=None, most=1, note="why"), ["<= 1", "-", "-"]),
+    ],
+)
+def test_a_target_is_met_or_not(target: Target, cells: list[str], latency_result: LatencyResult) -> None:
+    table = target_table("t", latency_result.model_copy(update={"targets": [target]}))
+    assert table.rows[0][1:4] == cells
+
+
+def test_models_named_as_the_recipes_are_make_a_curve() -> None:
+    found = rfid_by_tokens({"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0})
+    assert found == {"texttok, 128 px": {32: 9.0, 64: 7.0}, "baseline, 128 px": {32: 10.0}}
+
+
+def test_what_is_damaged_or_not_there_is_one_line(latency_result: LatencyResult, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_results([tmp_path / "none"])
+    broken = latency_result.model_dump(mode="json")
+    del broken["rows"][0]["part"]
+    (tmp_path / "a.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=r"a\.json: latency\.rows\.0\.part: Field required"):
+        find_results([tmp_path])
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(DataError, match="no JSON object"):
+        find_results([tmp_path])
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(DataError, match="no results"):
+        write_report(find_results([tmp_path]), tmp_path)
+
+
+def test_pages_of_nothing_but_text_need_no_picture(latency_result: LatencyResult) -> None:
+    tables = [target_table("t", latency_result)]
+    assert "| share | >= 0.7 | 0.8 | yes | <bf16> |" in markdown(tables)
+    assert "<img" not in page(tables)

@@ -1,0 +1,210 @@
+"""Rows of the latency table on tiny networks: what is run, what is multiplied, what does not fit, and the sums of the paper's columns."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from texttok_cli.bench import generate, latency, subjects, task
+from texttok_cli.bench.latency import PARTS, Part, sums
+from texttok_cli.bench.plain import plain_reconstruct
+from texttok_cli.bench.results import Row
+from texttok_cli.bench.subjects import (
+    DoesNotFit,
+    Where,
+    check_fits,
+    grid_generator_config,
+    materialize,
+    rows_of,
+    tokenizer_config,
+    weights_bytes,
+)
+from texttok_cli.bench.task import Task
+from texttok_cli.bench.timing import Timer, spread_of
+from texttok_cli.commands.bench import PART_NAMES
+from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
+from texttok_cli.models.condition import Condition
+from texttok_cli.models.dit import DiT
+from texttok_cli.models.tokenizer import TexTok
+
+CPU = Where(torch.device("cpu"), "fp32")
+TINY = {"depth": 2, "width": 32, "heads": 2}
+
+
+def make_task(**changes: Any) -> Task:
+    whole = {
+        "where": CPU,
+        "timer": Timer(warm_up=0, repeats=1),
+        "image_sizes": [256],
+        "tokens": [4],
+        "batches": [1, 2],
+        "generator": "L",
+        "steps": 5,
+        "sampler": "ddim",
+        "guidance": "1.5",
+    }
+    return Task(**{**whole, **changes})
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of the paper's kinds that are small."""
+
+    def tokenizer(kind: str, tokens: int, image_size: int) -> TokenizerConfig:
+        condition = {"source": "caption", "encoder": {"kind": "hash", "dim": 16}} if kind == "TexTok" else {"source": "none"}
+        return TokenizerConfig.model_validate(
+            {"image_size": image_size, "patch_size": 64, "num_tokens": tokens, "backbone": TINY, "condition": condition}
+        )
+
+    def generator(size: str, tokens: int) -> GeneratorConfig:
+        return GeneratorConfig.model_validate({"latents": {"kind": "tokens", "num_tokens": tokens}, "backbone": TINY})
+
+    def grid(size: str, image_size: int) -> GeneratorConfig:
+        return GeneratorConfig.model_validate({"latents": {"kind": "grid", "size": 8}, "backbone": TINY})
+
+    monkeypatch.setattr(latency, "tokenizer_config", tokenizer)
+    monkeypatch.setattr(generate, "generator_config", generator)
+    monkeypatch.setattr(generate, "grid_generator_config", grid)
+
+
+def test_parts_are_the_same_everywhere() -> None:
+    assert list(PARTS) == list(get_args(Part)) == list(PART_NAMES)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_each_tokenizer_is_timed_in_each_batch() -> None:
+    rows = list(latency._texttok(make_task(), "encode", "TexTok", 4, 256)) + list(
+        latency._texttok(make_task(), "decode", "Baseline", 4, 256)
+    )
+    assert [(row.part, row.system, row.batch) for row in rows] == [
+        ("encode", "TexTok-4", 1),
+        ("encode", "TexTok-4", 2),
+        ("decode", "Baseline-4", 1),
+        ("decode", "Baseline-4", 2),
+    ]
+    assert all(row.seconds is not None and row.seconds.median > 0 and row.times == 1 for row in rows)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_few_steps_and_a_part_of_the_batch_stand_for_all_and_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "MAX_CPU_ROWS", 16)  # two images of 2 x 4 tokens
+    ran: list[tuple[int, int]] = []
+    real = generate.sample
+
+    def counted(dit: DiT, process: object, **options: Any) -> torch.Tensor:
+        ran.append((options["steps"], len(options["seeds"])))
+        return real(dit, process, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate, "sample", counted)
+    once = Timer(warm_up=0, repeats=1)
+    monkeypatch.setattr(once, "once", lambda work: (work(), 1.0)[1])
+    tokens, grid = list(generate.generation_rows(make_task(steps=50, batches=[8], timer=once)))
+    assert ran == [(2, 2), (2, 1)]
+    assert tokens.seconds is not None and tokens.seconds.median == tokens.times == 25 * 4
+    assert "2 steps run" in tokens.note and "2 of 8 images run, multiplied" in tokens.note
+    assert (tokens.system, tokens.tokens, tokens.steps) == ("TexTok-4 + DiT-L", 4, 50)
+    assert (grid.system, grid.times) == ("SD-VAE-f8 + DiT-L/2", 25 * 8)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_does_not_fit_is_said_and_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "free_memory", lambda device: int(1e9))  # all of it in reserve
+    monkeypatch.setattr(latency, "materialize", lambda *_: pytest.fail("allocated"))
+    rows = list(latency._texttok(make_task(), "encode", "Baseline", 4, 256))
+    assert [row.seconds for row in rows] == [None, None]
+    assert all("1.0 GB are free" in row.skipped for row in rows)
+    with pytest.raises(DoesNotFit, match=r"needs about 3\.0 GB"):
+        check_fits(3e9, CPU.device)
+
+
+def test_training_of_the_paper_s_models_asks_for_its_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "free_memory", lambda device: int(8e9))
+    rows = list(PARTS["train"](make_task(tokens=[32], batches=[1])))
+    assert [row.system for row in rows] == ["tokenizer/texttok-32-256", "tokenizer/baseline-32-256", "generator/dit-l-32-256"]
+    assert all(row.seconds is None and (row.image_size, row.tokens, row.batch) == (256, 32, 1) for row in rows)
+    # Five copies of 176 M and of 458 M parameters in fp32, and as many of the bare model beside it: 7.0 and 18.3 GB. The tokenizer's
+    # attention weights are 12 heads x 1184^2 in 24 blocks, in fp32 and twice more: 4.8 GB.
+    needed = [float(row.skipped.split()[2]) for row in rows]
+    assert 11.8 < needed[0] < 16 and 18.3 < needed[2] < 20
+
+
+def measured(part: str, system: str, seconds: float, batch: int = 2, **changes: Any) -> Row:
+    return Row(part=part, system=system, image_size=256, batch=batch, seconds=spread_of([seconds]), **changes)
+
+
+def test_the_paper_s_columns_are_sums_of_their_parts() -> None:
+    rows = [
+        measured("text", "T5-XL", 1.0),
+        measured("encode", "TexTok-32", 2.0),
+        measured("encode", "Baseline-32", 2.5),
+        measured("encode", "SD-VAE-f8", 8.0),
+        measured("decode", "TexTok-32", 4.0, times=2),
+        measured("decode", "Baseline-32", 3.0),
+        measured("decode", "TexTok-64", 4.0),
+        measured("generate", "TexTok-32 + DiT-L", 10.0, steps=50, times=25),
+        measured("generate", "TexTok-64 + DiT-L", 10.0, batch=1),  # its detokenizer was not timed in this batch
+        Row(part="generate", system="SD-VAE-f8 + DiT-L/2", image_size=256, skipped="too large"),
+    ]
+    found = {(row.part, row.system): row for row in sums(rows)}
+    totals = {name: row.seconds.median for name, row in found.items() if row.seconds is not None}
+    assert totals == {
+        ("tokenization", "TexTok-32"): 7.0,
+        ("tokenization", "Baseline-32"): 5.5,
+        ("generation", "TexTok-32 + DiT-L"): 15.0,
+        ("generation", "Baseline-32 + DiT-L"): 13.0,
+    }
+    row = found["generation", "TexTok-32 + DiT-L"]
+    assert (row.note, row.times, row.steps, row.seconds_per_image) == ("sum of the medians of generate + decode + text", 25, 50, 7.5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_plain_model_is_the_model(qk_norm: bool) -> None:
+    backbone = {**TINY, "qk_norm": qk_norm}
+    cfg = {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_tokens": 4,
+        "backbone": backbone,
+        "condition": {"source": "caption", "encoder": {"kind": "hash", "dim": 16}},
+    }
+    model = materialize(lambda: TexTok(TokenizerConfig.model_validate(cfg)), CPU)
+    cond = Condition(torch.randn(3, 6, 16), torch.arange(6) < torch.tensor([6, 1, 4])[:, None])
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected, _ = model(images, cond)
+    torch.testing.assert_close(plain_reconstruct(model, images, cond), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_materialized_networks_are_random_and_real() -> None:
+    network = materialize(lambda: nn.Sequential(nn.Linear(8, 600_000), nn.BatchNorm1d(4)), CPU, dtype=torch.bfloat16)
+    assert isinstance(network[0], nn.Linear) and isinstance(network[1], nn.BatchNorm1d)
+    assert network[0].weight.dtype == torch.bfloat16 and 0.01 < network[0].weight.float().std() < 0.03
+    assert network[1].running_var is not None and network[1].running_var.dtype == torch.float32
+    assert network[1].num_batches_tracked == 0
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_the_subjects_are_the_paper_s() -> None:
+    """Sec. 4.1 and Table 4e: 176 M parameters; patches of SD-VAE's map at 512 px: 1,024."""
+    cfg = tokenizer_config("TexTok", 128, 256)
+    assert weights_bytes(lambda: TexTok(cfg), 4) / 4 == pytest.approx(176e6, rel=0.005)
+    assert rows_of(cfg) == 1024 + 128 + 128
+    assert rows_of(tokenizer_config("Baseline", 32, 512)) == 1024 + 32
+    assert generate.sequence_length(grid_generator_config("XL", 512)) == 1024
+
+
+@pytest.mark.parametrize(("size", "billions"), [("XL", 1.22), ("XXL", 4.76)])
+def test_t5_s_encoders_have_their_sizes(size: str, billions: float) -> None:
+    from texttok_cli.text.t5 import untrained_t5
+
+    build: Callable[[], nn.Module] = lambda: untrained_t5(size)  # noqa: E731
+    assert weights_bytes(build, 1) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_sd_vae_has_its_size_and_shapes() -> None:
+    from texttok_cli.baselines.sd_vae import untrained_sd_vae
+
+    assert weights_bytes(untrained_sd_vae, 1) == pytest.approx(83.65e6, rel=0.001)  # 84 M, Table 2
+    assert generate.sd_vae_decoder(1, 64, CPU)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]

@@ -1,0 +1,189 @@
+"""A sweep with small systems: points measured, kept and gone on with, and images of one number that no batch changes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_generator import BY_CLASS, BY_TEXT, save_tiny_generator
+
+from texttok_cli.baselines import SDVAE
+from texttok_cli.bench import sweep as sweep_module
+from texttok_cli.bench import systems
+from texttok_cli.bench.sweep import sweep
+from texttok_cli.bench.systems import OriginalDiT, TexTokSystem, open_system
+from texttok_cli.bench.tradeoff import Series, Setting, Spec
+from texttok_cli.config.schema import GeneratorConfig
+from texttok_cli.errors import DataError, RecipeError
+from texttok_cli.metrics.inception import Features
+from texttok_cli.models.dit import DiT
+
+Draw = Callable[..., Path]
+CPU = torch.device("cpu")
+DIM = 16  # in the place of 2048
+
+
+class FakeInception(torch.nn.Module):
+    """Features that are linear in some pixels."""
+
+    sha256, resize = "0" * 64, "tf1-bilinear"
+
+    def __init__(self, *, offline: bool) -> None:
+        super().__init__()
+        self.matrix = torch.randn(192, DIM, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: torch.Tensor) -> Features:
+        pool = images[:, :, :8, :8].float().flatten(1) @ self.matrix / 255
+        return Features(pool, pool, None)
+
+
+@pytest.fixture(autouse=True)
+def small_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "FidInception", FakeInception)
+    monkeypatch.setattr(sweep_module, "POOL_DIM", DIM)
+
+
+@pytest.fixture
+def references(tmp_path: Path, draw: Draw) -> Path:
+    for i in range(6):
+        draw(tmp_path / "refs" / f"{i}.png", seed=i)
+    return tmp_path / "refs"
+
+
+@pytest.fixture
+def generator(tmp_path: Path, models: Path) -> Path:
+    return save_tiny_generator(tmp_path / "gen.safetensors", models / "plain.safetensors", BY_CLASS)
+
+
+def make_spec(generator: Path, models: Path, **changes: Any) -> Spec:
+    series = {
+        "name": "A",
+        "generator": str(generator),
+        "tokenizer": str(models / "plain.safetensors"),
+        "steps": [2, 3],
+        "sampler": "ddim",
+        "cfg": "2",
+    }
+    return Spec.model_validate({"name": "small", "images": 5, "batch_size": 2, "series": [series], **changes})
+
+
+def run(spec: Spec, references: Path, out: Path) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    result = sweep(
+        spec,
+        str(references),
+        out,
+        device=CPU,
+        precision="fp32",
+        offline=True,
+        on_point=lambda done, total, note: said.append(f"{done}/{total} {note}"),
+    )
+    return result, said
+
+
+def test_every_point_is_measured_once_and_kept(
+    generator: Path, models: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(generator, models)
+    first, said = run(spec, references, tmp_path / "out")
+    assert [(p.series, p.steps, p.images) for p in first.points] == [("A", 2, 5), ("A", 3, 5)]
+    assert all(p.fid > 0 and p.seconds_per_image > 0 for p in first.points) and first.points[0].fid != first.points[1].fid
+    assert (first.tokens, first.protocol["reference"], first.protocol["n_reference"]) == ({"A": 4}, "refs", 6)
+    assert [line.partition(" ")[0] for line in said] == ["0/2", "1/2", "2/2"]
+    monkeypatch.setattr(TexTokSystem, "sample", lambda *_: pytest.fail("measured again"))
+    again, _ = run(spec, references, tmp_path / "out")
+    assert again.points == first.points
+
+
+def test_a_point_of_other_samples_is_another_point(generator: Path, models: Path, references: Path, tmp_path: Path) -> None:
+    run(make_spec(generator, models), references, tmp_path / "out")
+    result, _ = run(make_spec(generator, models, images=6), references, tmp_path / "out")
+    assert [p.images for p in result.points] == [6, 6]
+    assert len(list((tmp_path / "out" / "points").iterdir())) == 4
+
+
+def test_what_can_t_be_sampled_is_said_before_anything_is(generator: Path, models: Path, references: Path, tmp_path: Path) -> None:
+    for change, message in (({"sampler": "euclid"}, "'euclid' is none of ddpm"), ({"cfg": "-1"}, "negative")):
+        spec = make_spec(generator, models)
+        wrong = spec.series[0].model_copy(update={name: [value] for name, value in change.items()} | {"generator": "not opened"})
+        with pytest.raises(RecipeError, match=message):
+            run(spec.model_copy(update={"series": [*spec.series, wrong]}), references, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def series(generator: Path | str, **changes: Any) -> Series:
+    return Series.model_validate({"name": "A", "generator": str(generator), "steps": 2, "sampler": "ddim", "cfg": "2", **changes})
+
+
+def opened(given: Series, images: int = 5) -> systems.System:
+    return open_system(given, images=images, seed=7, device=CPU, precision="fp32", offline=True)
+
+
+def check_batches_don_t_matter(system: systems.System) -> None:
+    setting = Setting("A", 2, "ddim", "2")
+    whole = system.sample(setting, range(5))
+    parts = [system.sample(setting, numbers) for numbers in (range(2), range(2, 5))]
+    assert whole.shape == (5, 3, system.image_size, system.image_size) and whole.dtype == torch.uint8
+    assert (torch.cat(parts).int() - whole.int()).abs().max() <= 1
+    assert (whole[0].int() - whole[1].int()).abs().max() > 1
+
+
+def test_a_sample_hangs_on_its_number_alone(generator: Path, models: Path) -> None:
+    check_batches_don_t_matter(opened(series(generator, tokenizer=str(models / "plain.safetensors"))))
+
+
+def test_a_text_model_takes_the_first_prompts(models: Path, tmp_path: Path) -> None:
+    tokenizer = str(models / "text.safetensors")
+    given = save_tiny_generator(tmp_path / "t2i.safetensors", models / "text.safetensors", BY_TEXT)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na hen\na cow\na pig\na fox\n")
+    system = opened(series(given, tokenizer=tokenizer, prompts=str(prompts)))
+    assert isinstance(system, TexTokSystem) and [r.text for r in system.requests] == ["a cat", "a dog", "a hen", "a cow", "a pig"]
+    check_batches_don_t_matter(system)
+    cache = system.generator.tokenizer.text
+    system.begin()
+    assert system.generator.tokenizer.text is not cache and system.generator.text is not None
+    with pytest.raises(DataError, match="has 6 prompts, and a point has 9 images"):
+        opened(series(given, tokenizer=tokenizer, prompts=str(prompts)), images=9)
+    with pytest.raises(DataError, match="name a file of prompts"):
+        opened(series(given, tokenizer=tokenizer))
+
+
+def test_a_class_model_takes_no_prompts(generator: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a class model: leave out prompts"):
+        opened(series(generator, tokenizer=str(models / "plain.safetensors"), prompts=str(tmp_path / "p.txt")))
+
+
+def test_the_original_dit_is_a_system_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its map is decoded by SD-VAE; here by a stand-in that repeats each of its values 8 x 8 times."""
+    cfg = GeneratorConfig.model_validate(
+        {
+            "latents": {"kind": "grid", "size": 4},
+            "backbone": {"depth": 1, "width": 32, "heads": 2},
+            "condition": {"num_classes": 3, "source": "class"},
+        }
+    )
+    torch.manual_seed(0)
+    dit = DiT(cfg).eval()
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    (tmp_path / "DiT.pt").write_bytes(b"weights")
+
+    class Decoder(SDVAE):
+        def __init__(self) -> None:
+            self.info = type("Info", (), {"sha256": "ab"})()
+
+        def decode(self, z: torch.Tensor, captions: Sequence[str] | None = None) -> torch.Tensor:
+            big = z[:, :3].repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+            return (128 + 40 * big).clamp(0, 255).to(torch.uint8)
+
+    monkeypatch.setattr(systems, "load_dit", lambda path, device: dit)
+    monkeypatch.setattr(systems, "load_baseline", lambda name, **_: Decoder() if name == "baseline:sd-vae" else object())
+    system = opened(series(f"baseline:dit={tmp_path / 'DiT.pt'}"))
+    assert isinstance(system, OriginalDiT)
+    assert (system.tokens, system.image_size, system.labels) == (16, 32, [0, 1, 2, 0, 1])
+    check_batches_don_t_matter(system)
+    with pytest.raises(DataError, match="is not SD-VAE"):
+        opened(series(f"baseline:dit={tmp_path / 'DiT.pt'}", tokenizer="baseline:taesd=x"))

@@ -1,0 +1,139 @@
+"""Latent generation as it is timed: DiTs with random weights, their sampler, and their bare forward pass.
+
+Letters: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from texttok_cli.bench.results import Row
+from texttok_cli.bench.subjects import (
+    SD_VAE,
+    Where,
+    check_fits,
+    forward_bytes,
+    generator_config,
+    grid_generator_config,
+    materialize,
+    weights_bytes,
+)
+from texttok_cli.bench.task import Task, Work, joined
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
+from texttok_cli.diffusion import parse_cfg, sample
+from texttok_cli.models.dit import DiT
+
+MEASURED_STEPS = 2  # of a run on a CPU, of all its steps
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a run."""
+
+    steps: int
+    sampler: str
+    guidance: str  # as `texttok sample --cfg`
+
+
+def generation_rows(task: Task) -> Iterator[Row]:
+    """TexTok's tokens with a DiT (the Baseline's generator is the same network), and SD-VAE's map with a DiT of patch 2."""
+    for size in task.image_sizes:
+        systems = [(f"TexTok-{n} + DiT-{task.generator}", generator_config(task.generator, n)) for n in task.tokens]
+        systems.append((f"{SD_VAE} + DiT-{task.generator}/2", grid_generator_config(task.generator, size)))
+        for name, cfg in systems:
+            yield from _rows(task, name, cfg, size)
+
+
+def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Row]:
+    where, passes = task.where, 1 if str(parse_cfg(task.guidance)) == "1" else 2
+    rows = passes * sequence_length(cfg)
+    measured = min(task.steps, MEASURED_STEPS) if where.device.type == "cpu" else task.steps
+    note = joined(
+        f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{measured} steps run" if measured < task.steps else ""
+    )
+    row = Row(part="generate", system=name, image_size=size, tokens=_tokens(cfg), steps=task.steps, note=note, times=task.steps / measured)
+
+    def activations(batch: int) -> float:
+        return forward_bytes(batch * rows, cfg.backbone.width, 4)
+
+    def build() -> Callable[[int], Work]:
+        dit = untrained_dit(cfg, where)
+        return lambda batch: guided_sampling(dit, batch, Sampling(measured, task.sampler, task.guidance), where)
+
+    yield from task.time_batches(row, rows, weights_bytes(partial(DiT, cfg), where.element), activations, build)
+
+
+def sequence_length(cfg: GeneratorConfig) -> int:
+    """Tokens that the transformer sees."""
+    latents = cfg.latents
+    return (latents.size // latents.patch_size) ** 2 if isinstance(latents, GridLatents) else latents.num_tokens
+
+
+def _tokens(cfg: GeneratorConfig) -> int:
+    """Latent vectors, before they are cut into patches."""
+    return cfg.latents.size**2 if isinstance(cfg.latents, GridLatents) else cfg.latents.num_tokens
+
+
+def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
+    """With its weights in the precision that it computes in. DoesNotFit before anything is allocated."""
+    check_fits(weights_bytes(partial(DiT, cfg), where.element), where.device)
+    return materialize(partial(DiT, cfg), where, dtype=torch.bfloat16 if where.precision == "bf16" else torch.float32)
+
+
+def guided_sampling(dit: DiT, batch: int, sampling: Sampling, where: Where) -> Work:
+    """A whole sampling run of a batch, each sample of another class."""
+    class_ids, guidance = _classes(dit, batch, where), parse_cfg(sampling.guidance)
+    return lambda: sample(
+        dit,
+        dit.cfg.process,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        guidance=guidance,
+        seeds=range(batch),
+        class_ids=class_ids,
+        autocast=where.precision == "bf16",
+    )
+
+
+def guided_forward(dit: DiT, batch: int, where: Where) -> Work:
+    """One forward pass of B samples under their class and B under the null class."""
+    class_ids = _classes(dit, batch, where)
+    both = torch.cat([class_ids, torch.full_like(class_ids, _num_classes(dit))])
+    x = torch.randn(2 * batch, *dit.latent_shape, device=where.device)
+    t = torch.full((2 * batch,), 500, device=where.device)
+
+    @torch.inference_mode()
+    def forward() -> object:
+        with where.autocast():
+            return dit(x, t, both)
+
+    return forward
+
+
+def _classes(dit: DiT, batch: int, where: Where) -> torch.Tensor:
+    return torch.arange(batch, device=where.device) % _num_classes(dit)
+
+
+def _num_classes(dit: DiT) -> int:
+    assert isinstance(dit.cfg.condition, ClassLabels)
+    return dit.cfg.condition.num_classes
+
+
+def sd_vae_decoder(batch: int, image_size: int, where: Where) -> Work:
+    """SD-VAE's decoder. BackendError without diffusers."""
+    from texttok_cli.baselines.sd_vae import untrained_sd_vae
+
+    model: Any = materialize(untrained_sd_vae, where)
+    z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
+
+    @torch.inference_mode()
+    def decode() -> object:
+        with where.autocast():
+            return model.decode(z).sample
+
+    return decode

@@ -1,0 +1,61 @@
+"""The paper's own numbers (benchmarks/paper.json), to be shown beside ours and never as ours."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from texttok_cli.bench.curves import Point, gain, mean_gain
+
+SIZES = (256, 512)
+SD_VAE = "SD-VAE-f8"
+# Table 2's FIDs are of DiT-XL, Table 5's seconds of DiT-L at steps that are not stated: Fig. 4's own points are not tabulated.
+POINTS_CAPTION = "the paper's: FID of Table 2 (DiT-XL, guided), seconds of Table 5 (DiT-L, TPUv6e)"
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """The whole file, from the wheel or the source checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "paper.json"
+    path = inside if inside.is_file() else package.parents[1] / "benchmarks" / "paper.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def column(table: str, name: str, system: str, size: int | None = None) -> dict[int, float]:
+    """A column of Table 1, 3 or 5 for one system: number of tokens -> value; values that are not given are left out."""
+    whole = paper()[table]
+    index = whole["columns"].index(name)
+    rows = whole[system] if size is None else whole[str(size)][system]
+    return {row[0]: row[index] for row in rows if row[index] is not None}
+
+
+def fid(system: str, size: int) -> float:
+    """FID in Table 2."""
+    row = next(row for row in paper()["table2"]["rows"] if row["system"] == system)
+    return float(row[str(size)][0])
+
+
+def points(size: int) -> dict[str, list[Point]]:
+    """Speed and quality of TexTok + DiT-XL and of the original DiT-XL/2, as far as the tables have them (POINTS_CAPTION)."""
+    seconds = column("table5", "generation", "TexTok", size)
+    ours = [Point(f"TexTok-{n}", seconds[n], fid(f"TexTok-{n} + DiT-XL", size)) for n in sorted(seconds)]
+    [reference] = column("table5", "generation", SD_VAE, size).values()
+    return {"TexTok + DiT-XL": ours, "SD-VAE-f8 + DiT-XL/2": [Point("DiT-XL/2", reference, fid("DiT-XL/2", size))]}
+
+
+def derived() -> dict[str, float]:
+    """The paper's derived numbers computed from its tables, by the id of the claim; claims that its tables can't give are not in it."""
+    found = {}
+    for size in SIZES:
+        for letter, metric in (("r", "rFID"), ("g", "gFID")):
+            means = [column("table1", metric, system, size) for system in ("Baseline", "TexTok")]
+            found[f"{letter}fid-{size}-mean"] = mean_gain(*means)
+        found[f"iso-time-gain-{size}"] = gain(fid("DiT-XL/2", size), fid("TexTok-256 + DiT-XL", size))
+    for name, size, tokens in (("equal-steps", 512, 32), ("equal-steps", 256, 64), ("less-time", 512, 256)):
+        [reference] = column("table5", "generation", SD_VAE, size).values()
+        found[f"{name}-{size}-{tokens}"] = reference / column("table5", "generation", "TexTok", size)[tokens]
+    return found

@@ -1,0 +1,97 @@
+"""The command line as a person meets it: how long it takes to start, and how its memory grows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from PIL import Image
+
+from texttok_cli.bench.results import Target
+from texttok_cli.bench.task import Task
+from texttok_cli.bench.timing import median_ratio, spread_of
+
+RUNS = 5
+SIDE = 128
+HUSHED = ("--offline", "--quiet")
+FEW, MANY = 40, 1000  # images in the folders that are encoded
+# What encoding one image can't do without.
+BARE = """
+import torch, tokenizers, safetensors.torch
+from texttok_cli.assets import resolve
+from texttok_cli.inference import find_model
+safetensors.torch.load_file(find_model("texttok-32-128"))
+safetensors.torch.load_file(resolve("minilm", offline=True))
+"""
+# The command line in this process, and then the most memory that it had.
+PEAK = """
+import resource, sys
+from texttok_cli.main import main
+sys.argv = ["texttok", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def start(task: Task) -> Iterator[Target]:
+    """How long a person waits for the help, and for the tokens of one image."""
+    runs = spread_of([_seconds("-m", "texttok_cli", "--help") for _ in range(RUNS + 1)][1:])
+    yield Target(name="texttok --help", reached=runs.median, most=0.4, unit="s", note=f"median of {RUNS}, wall clock")
+    device = task.where.device.type
+    seconds: dict[str, list[float]] = {"encode": [], "bare": []}
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder) / "photo.png"
+        Image.linear_gradient("L").convert("RGB").save(photo)
+        for run in range(RUNS + 1):
+            encode = [
+                "encode",
+                str(photo),
+                "--caption",
+                "a grey ramp",
+                "-o",
+                f"{folder}/{run}.tok.safetensors",
+                "--device",
+                device,
+                *HUSHED,
+            ]
+            seconds["encode"].append(_seconds("-m", "texttok_cli", *encode))
+            seconds["bare"].append(_seconds("-c", BARE))
+    warm = {name: values[1:] for name, values in seconds.items()}
+    note = f"{median(warm['encode']):.2f} s; against importing torch and tokenizers and reading both weight files; {RUNS} runs, wall clock"
+    reached = median_ratio(warm["encode"], warm["bare"])
+    yield Target(name="encoding one image over imports and reading", reached=reached, most=1.3, unit="x", note=note)
+
+
+def memory(task: Task) -> Iterator[Target]:
+    """Peak memory of encoding a folder of many images over that of a folder of few."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (FEW, MANY):
+            images = Path(folder) / str(count)
+            images.mkdir()
+            for number in range(count):
+                Image.new("RGB", (SIDE, SIDE), (number % 256, number // 256, 0)).save(images / f"{number:06}.png")
+            peaks[count] = _peak("encode", str(images), "-o", f"{folder}/tokens-{count}", "--model", "baseline-32-128", *HUSHED)
+    note = f"baseline-32-128, {MANY:,} images against {FEW}: {peaks[MANY] / 1e3:.0f} and {peaks[FEW] / 1e3:.0f} MB (Linux)"
+    yield Target(name="peak memory of encoding, many images over few", reached=peaks[MANY] / peaks[FEW], most=1.05, unit="x", note=note)
+
+
+def _seconds(*arguments: str) -> float:
+    """Of a process of this Python, which must succeed."""
+    before = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - before
+
+
+def _peak(*arguments: str) -> int:
+    """Most memory of `texttok ARGUMENTS`, in the system's unit (kB on Linux)."""
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stderr.split()[-1])

@@ -1,0 +1,235 @@
+"""Many results as one page: Markdown tables, plots, and an HTML file that holds all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from texttok_cli.bench import html, paper
+from texttok_cli.bench.machine import Machine
+from texttok_cli.bench.plots import plot_rfid, plot_tradeoff
+from texttok_cli.bench.results import KEY, LatencyResult, Row, Target, TradeoffResult, parse_result, read_json_object
+from texttok_cli.bench.tradeoff import summarize, text_gain
+from texttok_cli.errors import DataError
+from texttok_cli.files import atomic_path
+from texttok_cli.metrics.report import Report, load_report
+
+Cell = str
+MISSING = "-"
+
+
+@dataclass
+class Table:
+    """A heading, a remark, columns and rows; and a picture that goes with it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    remark: str = ""
+    picture: Path | None = None
+
+
+@dataclass
+class Found:
+    """What a set of result files holds."""
+
+    latency: dict[str, LatencyResult] = field(default_factory=dict)  # by the file's stem
+    tradeoff: dict[str, TradeoffResult] = field(default_factory=dict)
+    evaluations: dict[str, Report] = field(default_factory=dict)
+    unknown: list[Path] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.latency) + len(self.tradeoff) + len(self.evaluations)
+
+
+def find_results(inputs: Sequence[Path]) -> Found:
+    """Of files, and of all .json within folders. DataError for a result that is damaged, and for a path that is not there."""
+    found = Found()
+    for path in sorted({file for given in inputs for file in _files(given)}):
+        value = read_json_object(path)
+        if KEY in value:
+            result = parse_result(path, value)
+            kind: dict[str, LatencyResult] | dict[str, TradeoffResult] = found.latency if result.kind == "latency" else found.tradeoff
+            kind[path.stem] = result  # type: ignore[assignment]
+        elif "texttok_report" in value:
+            found.evaluations[path.stem] = load_report(path)
+        else:
+            found.unknown.append(path)
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [file for file in path.rglob("*.json") if "points" not in file.relative_to(path).parts]
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder of results")
+    return [path]
+
+
+def write_report(found: Found, out: Path) -> list[Path]:
+    """Write report.md, report.html and the plots into the folder; returns the files. DataError if there is nothing to report."""
+    tables = [*_latency_tables(found), *_tradeoff_tables(found, out), *_evaluation_tables(found, out)]
+    if not tables:
+        raise DataError("no results to report: give JSON files of `texttok bench latency`, `texttok bench tradeoff` or `texttok eval -o`")
+    pages = {"report.md": markdown(tables), "report.html": page(tables)}
+    for name, text in pages.items():
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    pictures = [table.picture.with_suffix(suffix) for table in tables if table.picture for suffix in (".png", ".svg")]
+    return [*(out / name for name in pages), *pictures]
+
+
+# ------------------------------------------------------------------ tables
+
+
+def latency_table(title: str, result: LatencyResult) -> Table:
+    """Every row of one run."""
+    columns = ["part", "system", "px", "tokens", "batch", "steps", "s/image", "quartiles of a batch, s", "note"]
+    return Table(
+        title, columns, [_latency_cells(row) for row in result.rows], f"{_machine(result.machine)}; {result.precision}; {result.weights}"
+    )
+
+
+def target_table(title: str, result: LatencyResult) -> Table:
+    """Ratios against their targets, of one run."""
+    return Table(title, ["ratio", "target", "reached", "met", "note"], [_target_cells(t) for t in result.targets], _machine(result.machine))
+
+
+def _latency_tables(found: Found) -> list[Table]:
+    tables = []
+    for name, result in found.latency.items():
+        if result.rows:
+            tables.append(latency_table(f"Latency: {name}", result))
+        if result.targets:
+            tables.append(target_table(f"Targets: {name}", result))
+    return tables
+
+
+def _latency_cells(row: Row) -> list[Cell]:
+    shown = [row.image_size, row.tokens, row.batch, row.steps]
+    start = [row.part, row.system, *(MISSING if value is None else str(value) for value in shown)]
+    if row.seconds is None or row.seconds_per_image is None:
+        return [*start, MISSING, MISSING, f"not measured: {row.skipped}"]
+    note = row.note + (f"; run time x {row.times:.3g}" if row.times > 1 else "")
+    return [*start, f"{row.seconds_per_image:.4g}", f"{row.seconds.low:.4g} to {row.seconds.high:.4g} ({row.seconds.repeats})", note]
+
+
+def _target_cells(target: Target) -> list[Cell]:
+    bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", target.least), ("<=", target.most)) if bound is not None]
+    reached = MISSING if target.reached is None else f"{target.reached:.4g}"
+    met = {None: MISSING, True: "yes", False: "no"}[target.met]
+    unit = f" {target.unit}" if target.unit else ""
+    return [target.name, (" and ".join(bounds) or MISSING) + unit, reached + unit, met, target.note]
+
+
+def tradeoff_tables(result: TradeoffResult) -> list[Table]:
+    """The points of one sweep, and what follows from them beside what the paper says."""
+    rows = [
+        [
+            p.series,
+            str(result.tokens[p.series]),
+            str(p.steps),
+            p.sampler,
+            p.cfg,
+            f"{p.seconds_per_image:.4g}",
+            f"{p.fid:.2f}",
+            f"{p.images:,}",
+        ]
+        for p in result.points
+    ]
+    remark = f"{_machine(result.machine)}; FID: {', '.join(f'{k} {v}' for k, v in result.protocol.items() if v is not None)}"
+    columns = ["series", "tokens", "steps", "sampler", "cfg", "s/image", "FID", "samples"]
+    tables = [Table(f"Speed and quality: {result.name}", columns, rows, remark)]
+    summary, gain = summarize(result), text_gain(result)
+    claims = {claim["id"]: f"{claim['says']} {claim['unit']}" for claim in paper.paper()["claims"]}
+    follows = []
+    if summary is not None:
+        for name, comparison, unit, theirs in (
+            ("times faster at no worse FID", summary.speedup, "x", "iso-fid-speedup"),
+            ("lower FID at no more time", summary.gain, "%", "iso-time-gain"),
+        ):
+            ours = "no setting reaches it" if comparison is None else f"{comparison.value:.3g} {unit} ({comparison.chosen.name})"
+            follows.append([name, ours, f"{claims[f'{theirs}-256']} (256 px), {claims[f'{theirs}-512']} (512 px)"])
+    if gain is not None:
+        follows.append(
+            ["mean gain in FID from text", f"{gain:.1f} %", f"{claims['gfid-256-mean']} (256 px), {claims['gfid-512-mean']} (512 px)"]
+        )
+    if follows:
+        against = f"against {result.reference}" if result.reference else "of the pairs with and without text"
+        tables.append(Table(f"{result.name}: {against}", ["", "measured", "the paper's"], follows))
+    return tables
+
+
+def _tradeoff_tables(found: Found, out: Path) -> list[Table]:
+    tables = []
+    for name, result in found.tradeoff.items():
+        made = tradeoff_tables(result)
+        made[0].picture = plot_tradeoff(result, out / name)[0]
+        tables += made
+    return tables
+
+
+def _evaluation_tables(found: Found, out: Path) -> list[Table]:
+    if not found.evaluations:
+        return []
+    rows, rfid = [], {}
+    for name, report in found.evaluations.items():
+        for result in report.results:
+            value = MISSING if result.value is None else f"{result.value:.4g}"
+            card = result.card
+            rows.append([name, card.samples, result.metric, value, f"{card.n:,}", card.reference or MISSING, "; ".join(result.warnings)])
+            if result.metric == "rfid" and result.value is not None:
+                rfid[card.samples] = (result.value, card.n, card.reference)
+    table = Table("Evaluations", ["report", "samples", "metric", "value", "n", "references", "warnings"], rows)
+    curves = rfid_by_tokens({name: value for name, (value, _, _) in rfid.items()})
+    protocols = {(n, reference) for _, n, reference in rfid.values()}
+    if curves and len(protocols) == 1:  # numbers of unlike sets are not drawn into one plot
+        [(n, reference)] = protocols
+        table.picture = plot_rfid(curves, out / "rfid", caption=f"{n:,} images of {reference}")[0]
+    return [table]
+
+
+def rfid_by_tokens(values: dict[str, float]) -> dict[str, dict[int, float]]:
+    """Of models called KIND-TOKENS-SIZE, as the recipes are: rFID by number of tokens for each KIND-SIZE."""
+    curves: dict[str, dict[int, float]] = {}
+    for name, value in values.items():
+        kind, _, rest = name.partition("-")
+        tokens, _, size = rest.partition("-")
+        if tokens.isdigit() and size.isdigit():
+            curves.setdefault(f"{kind}, {size} px", {})[int(tokens)] = value
+    return curves
+
+
+def _machine(machine: Machine) -> str:
+    shared = f", shared with other work (load {machine.load})" if machine.shared else ""
+    clock = ", processor time" if machine.clock == "cpu" else ""
+    return f"{machine.name}, {machine.threads} thread(s), torch {machine.versions['torch']}, {machine.date}{shared}{clock}"
+
+
+# ------------------------------------------------------------------ pages
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables as GitHub's Markdown; pictures by their names."""
+    parts = ["# Results"]
+    for table in tables:
+        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        picture = f"![{table.title}]({table.picture.name})" if table.picture else ""
+        parts += [part for part in (f"## {table.title}", table.remark, picture, text) if part]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(tables: Sequence[Table]) -> str:
+    """One HTML file that asks for no other: the style and the pictures are in it."""
+    return html.page("texttok: results", *(part for table in tables for part in _section(table)))
+
+
+def _section(table: Table) -> Iterator[html.Html]:
+    yield html.heading(table.title)
+    if table.remark:
+        yield html.paragraph(table.remark)
+    if table.picture:
+        yield html.figure(html.picture(table.picture.read_bytes(), table.title))
+    yield html.table(table.columns, table.rows)

@@ -1,0 +1,124 @@
+"""What a benchmark leaves behind, as JSON: rows of times, ratios against their targets, points of a speed/quality curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from texttok_cli.bench.machine import Machine
+from texttok_cli.bench.timing import Spread
+from texttok_cli.config.schema import Config
+from texttok_cli.errors import DataError
+from texttok_cli.files import write_json
+
+KEY = "texttok_bench"  # its value is the format's version
+
+
+class Row(Config):
+    """One time. `seconds` is of `batch` images (None: not measured, `skipped` says why)."""
+
+    part: str  # text, encode, decode, generate, ...
+    system: str  # what was timed: TexTok-32, SD-VAE-f8 + DiT-XL/2, ...
+    image_size: int | None = None
+    tokens: int | None = None
+    batch: int = Field(1, ge=1)
+    steps: int | None = None  # denoising steps
+    seconds: Spread | None = None
+    times: float = Field(1.0, ge=1)  # what was run, multiplied by this, is `seconds`; 1: all of it was run
+    note: str = ""
+    skipped: str = ""
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Median by image."""
+        return None if self.seconds is None else self.seconds.median / self.batch
+
+
+class Target(Config):
+    """A ratio against what it should be."""
+
+    name: str
+    reached: float | None  # None: not measured, `note` says why
+    least: float | None = None  # the target: at least this
+    most: float | None = None  # or at most
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none, or nothing was measured."""
+        if self.reached is None or (self.least is None and self.most is None):
+            return None
+        return (self.least is None or self.reached >= self.least) and (self.most is None or self.reached <= self.most)
+
+
+class LatencyResult(Config):
+    """What `texttok bench latency` measured in one run."""
+
+    texttok_bench: Literal[1] = 1
+    kind: Literal["latency"] = "latency"
+    weights: str  # whose
+    precision: str
+    machine: Machine
+    rows: list[Row] = Field(default_factory=list)
+    targets: list[Target] = Field(default_factory=list)
+
+
+class PointResult(Config):
+    """One setting of one system: what it costs and how good it is."""
+
+    series: str
+    steps: int = Field(ge=1)
+    sampler: str
+    cfg: str
+    seconds_per_image: float = Field(gt=0)
+    fid: float
+    images: int = Field(ge=2)
+
+
+class TradeoffResult(Config):
+    """A speed/quality curve."""
+
+    texttok_bench: Literal[1] = 1
+    kind: Literal["tradeoff"] = "tradeoff"
+    name: str
+    machine: Machine
+    reference: str | None  # the series that the others are compared with
+    protocol: dict[str, str | int | float | None]  # of the FID
+    tokens: dict[str, int]  # of each series
+    points: list[PointResult]
+
+
+Result = Annotated[LatencyResult | TradeoffResult, Field(discriminator="kind")]
+_RESULT: TypeAdapter[LatencyResult | TradeoffResult] = TypeAdapter(Result)
+
+
+def save_result(path: Path, result: LatencyResult | TradeoffResult) -> None:
+    """Write it as JSON, atomically."""
+    write_json(path, result.model_dump(mode="json"))
+
+
+def read_json_object(path: Path) -> Mapping[str, object]:
+    """A file's JSON object. DataError for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    except OSError as err:
+        raise DataError(f"{path}: {err.strerror}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: no JSON object")
+    return value
+
+
+def parse_result(path: Path, value: Mapping[str, object]) -> LatencyResult | TradeoffResult:
+    """A benchmark's result, checked. DataError names the first field that is wrong."""
+    try:
+        return _RESULT.validate_python(value)
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

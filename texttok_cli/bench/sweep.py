@@ -1,0 +1,133 @@
+"""A sweep of a spec's settings: images sampled and timed, and scored by FID's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from texttok_cli.bench.machine import describe
+from texttok_cli.bench.results import PointResult, TradeoffResult
+from texttok_cli.bench.systems import open_system
+from texttok_cli.bench.timing import Timer
+from texttok_cli.bench.tradeoff import PointStore, Score, Spec, measure_point, settings
+from texttok_cli.data import open_dataset
+from texttok_cli.diffusion import SAMPLERS, parse_cfg
+from texttok_cli.errors import DataError, RecipeError
+from texttok_cli.files import sha256_file
+from texttok_cli.metrics.inception import NETWORK, POOL_DIM, FidInception
+from texttok_cli.metrics.registry import METRICS
+from texttok_cli.metrics.sources import FileImages, read_npz_reference
+from texttok_cli.metrics.statistics import Gaussian, RunningGaussian, frechet_distance
+
+OnPoint = Callable[[int, int, str], None]  # points done, points in all, what was done last
+
+
+def sweep(
+    spec: Spec, ref: str, out: Path, *, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool = False, on_point: OnPoint
+) -> TradeoffResult:
+    """Measure every point of the spec that is not in OUT/points yet, against the references `ref`.
+
+    Raises DataError, RecipeError, CheckpointError or BackendError for what a person can mend.
+    """
+    _check_settings(spec)
+    machine = describe(device, clock="wall")
+    network = FidInception(offline=offline).to(device)
+    references = _References(ref, network, device)
+    store, timer = PointStore(out / "points"), Timer(device)
+    common = {
+        "reference": references.identity,
+        "images": spec.images,
+        "batch_size": spec.batch_size,
+        "seed": spec.seed,
+        "precision": precision,
+        "machine": [machine.device, machine.name, machine.threads],
+    }
+    total = sum(len(settings(series)) for series in spec.series)
+    points: list[PointResult] = []
+    tokens: dict[str, int] = {}
+    on_point(0, total, "")
+    for series in spec.series:
+        system = open_system(series, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
+        tokens[series.name] = system.tokens
+        identity = common | dict(system.identity)
+        for setting in settings(series):
+            point = store.load(setting, identity)
+            if point is None:
+                system.begin()
+                score = _score(network, device, references.at(system.image_size))
+                point = measure_point(setting, system.sample, score, timer, images=spec.images, batch_size=spec.batch_size)
+                store.save(setting, identity, point)
+            points.append(point)
+            on_point(len(points), total, f"{series.name}, {setting.steps} steps: FID {point.fid:.2f}")
+    protocol = _protocol(spec, network, references, precision)
+    return TradeoffResult(name=spec.name, machine=machine, reference=spec.reference, protocol=protocol, tokens=tokens, points=points)
+
+
+def _check_settings(spec: Spec) -> None:
+    """RecipeError for a sampler or a guidance that there is not, before hours are spent on the others."""
+    for series in spec.series:
+        for setting in settings(series):
+            parse_cfg(setting.cfg)
+            if setting.sampler not in SAMPLERS:
+                raise RecipeError(f"{series.name}: sampler {setting.sampler!r} is none of {', '.join(SAMPLERS)}")
+
+
+def _protocol(spec: Spec, network: FidInception, references: _References, precision: str) -> dict[str, str | int | float | None]:
+    """Of the FIDs, as a report's card has it."""
+    return {
+        "rule": METRICS["fid"].rule,
+        "network": NETWORK,
+        "network_sha256": network.sha256,
+        "resize": network.resize,
+        "reference": references.name,
+        "reference_sha256": references.identity,
+        "n": spec.images,
+        "n_reference": references.count,
+        "seed": spec.seed,
+        "labels": "equal",
+        "batch": spec.batch_size,
+        "precision": precision,
+    }
+
+
+class _References:
+    """Statistics of the reference images at a size, computed when first asked for; or those of an .npz."""
+
+    def __init__(self, ref: str, network: FidInception, device: torch.device) -> None:
+        self.network, self.device, self.name = network, device, Path(ref).name
+        self.by_size: dict[int, Gaussian] = {}
+        self.given: Gaussian | None = None
+        if ref.endswith(".npz"):
+            self.given = read_npz_reference(Path(ref)).given.get("pool")
+            if self.given is None:
+                raise DataError(f"{ref}: holds no statistics (mu, sigma)")
+            self.identity, self.count = sha256_file(Path(ref)), self.given.n
+        else:
+            self.dataset = open_dataset([ref])
+            self.identity, self.count = FileImages(self.dataset).identity(), len(self.dataset)
+
+    def at(self, size: int) -> Gaussian:
+        """Of the references cropped to this size by ADM's rule."""
+        if self.given is not None:
+            return self.given
+        if size not in self.by_size:
+            images = FileImages(self.dataset, crop_to=size)
+            running = RunningGaussian(POOL_DIM)
+            for _, batch in images.batches(range(len(images.ids)), 32):
+                running.update(self.network(batch.to(self.device)).pool)
+            self.by_size[size] = running.gaussian()
+        return self.by_size[size]
+
+
+def _score(network: FidInception, device: torch.device, reference: Gaussian) -> Score:
+    def fid(batches: Iterator[tuple[Sequence[int], Tensor]]) -> float:
+        running = RunningGaussian(POOL_DIM)
+        for _, images in batches:
+            running.update(network(images.to(device)).pool)
+        return frechet_distance(running.gaussian(), reference)
+
+    return fid

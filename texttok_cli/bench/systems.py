@@ -1,0 +1,143 @@
+"""What a sweep samples from: a generator with its TexTok, or the original DiT with SD-VAE.
+
+Letters: B batch, S image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from texttok_cli.baselines import PREFIX, SDVAE, load_baseline
+from texttok_cli.baselines.base import FACTOR
+from texttok_cli.baselines.dit import load_dit
+from texttok_cli.bench.tradeoff import Series, Setting
+from texttok_cli.config.schema import ClassLabels, GridLatents, TokenLatents
+from texttok_cli.data.labels import spread_labels
+from texttok_cli.data.texts import read_prompts
+from texttok_cli.diffusion import parse_cfg, sample
+from texttok_cli.errors import DataError
+from texttok_cli.files import sha256_file
+from texttok_cli.generation import Generator, Request, load_generator
+from texttok_cli.text import EmbeddingCache
+
+ORIGINAL = f"{PREFIX}dit="  # as a series' generator: baseline:dit=DiT-XL-2-256x256.pt
+
+
+class System(Protocol):
+    """Something that makes the images of a series at any setting."""
+
+    tokens: int  # latent vectors of an image
+    image_size: int
+    identity: Mapping[str, object]  # all that its images hang on
+
+    def begin(self) -> None:
+        """Forget what would make the next point faster than the first."""
+
+    def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
+        """Samples with these numbers, uint8 (B, 3, S, S) on the CPU; a number's sample is the same in any batch."""
+
+
+def open_system(
+    series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
+) -> System:
+    """The system of a series, to make `images` images: as many of every class, or of the first prompts.
+
+    Raises DataError, CheckpointError or BackendError for what is not to be had.
+    """
+    if not series.generator.startswith(ORIGINAL):
+        return TexTokSystem(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
+    return OriginalDiT(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
+
+
+class TexTokSystem:
+    """A generator on tokens and its tokenizer: latents, text embedding and detokenizing are all in its time (Fig. 4)."""
+
+    def __init__(
+        self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
+    ) -> None:
+        self.generator = load_generator(
+            series.generator,
+            tokenizer=series.tokenizer,
+            captions=series.captions,
+            device=device.type,
+            precision=precision,
+            offline=offline,
+        )
+        latents = self.generator.dit.cfg.latents
+        assert isinstance(latents, TokenLatents)
+        self.tokens, self.image_size = latents.num_tokens, self.generator.tokenizer.cfg.image_size
+        self.requests = _requests(self.generator, series, range(seed, seed + images))
+        self.identity: Mapping[str, object] = {
+            "generator": self.generator.info.sha256,
+            "tokenizer": self.generator.tokenizer.info.sha256,
+            "captions": None if self.generator.captions is None else self.generator.captions.sha256,
+            "prompts": None if series.prompts is None else sha256_file(series.prompts),
+        }
+
+    def begin(self) -> None:
+        """With no text embedded yet."""
+        generator, old = self.generator, self.generator.tokenizer.text
+        if old is None:
+            return
+        fresh = EmbeddingCache(old.encoder)
+        if generator.text is old:
+            generator.text = fresh
+        generator.tokenizer.text = fresh
+
+    def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
+        """See `System`."""
+        how = self.generator.sampling(setting.sampler, setting.steps, setting.cfg)
+        return self.generator.generate([self.requests[number] for number in numbers], how)
+
+
+def _requests(generator: Generator, series: Series, seeds: range) -> list[Request]:
+    if generator.num_classes is not None:
+        if series.prompts is not None:
+            raise DataError(f"{series.name}: {series.generator} is a class model: leave out prompts")
+        return generator.requests(classes=generator.labels("equal", len(seeds)), seeds=seeds)
+    if series.prompts is None:
+        raise DataError(f"{series.name}: {series.generator} is a text-to-image model: name a file of prompts")
+    prompts = read_prompts(series.prompts)
+    if len(prompts) < len(seeds):
+        raise DataError(f"{series.prompts}: has {len(prompts):,} prompts, and a point has {len(seeds):,} images")
+    return generator.requests(prompts=prompts[: len(seeds)], seeds=seeds)
+
+
+class OriginalDiT:
+    """A public checkpoint of DiT/2 and SD-VAE, whose decoder computes in fp32 (`tokenizer`: baseline:sd-vae or baseline:sd-vae=FOLDER)."""
+
+    def __init__(
+        self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
+    ) -> None:
+        path = Path(series.generator.removeprefix(ORIGINAL))
+        decoder = load_baseline(series.tokenizer or f"{PREFIX}sd-vae", device=device, offline=offline)
+        if not isinstance(decoder, SDVAE):
+            raise DataError(f"{series.name}: {series.tokenizer} is not SD-VAE, whose latents the original DiT makes")
+        self.dit, self.decoder, self.device, self.precision = load_dit(path, device=device), decoder, device, precision
+        latents, condition = self.dit.cfg.latents, self.dit.cfg.condition
+        assert isinstance(latents, GridLatents) and isinstance(condition, ClassLabels)
+        self.tokens, self.image_size = latents.size**2, FACTOR * latents.size
+        self.labels, self.seed = spread_labels([1] * condition.num_classes, images), seed
+        self.identity: Mapping[str, object] = {"generator": sha256_file(path), "tokenizer": decoder.info.sha256}
+
+    def begin(self) -> None:
+        """It remembers nothing."""
+
+    def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
+        """See `System`."""
+        z = sample(
+            self.dit,
+            self.dit.cfg.process,
+            sampler=setting.sampler,
+            steps=setting.steps,
+            guidance=parse_cfg(setting.cfg),
+            seeds=[self.seed + number for number in numbers],
+            class_ids=torch.tensor([self.labels[number] for number in numbers], device=self.device),
+            autocast=self.precision == "bf16",
+        )
+        return self.decoder.decode(z)

@@ -1,0 +1,206 @@
+"""Speed against quality (Fig. 4): every setting of a spec sampled, timed and scored, and what follows from the points."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from torch import Tensor
+
+from texttok_cli.bench.curves import Comparison, Point, best, gain_at_equal_time, mean_gain, speedup_at_equal_fid
+from texttok_cli.bench.results import PointResult, TradeoffResult, read_json_object
+from texttok_cli.bench.timing import Timer
+from texttok_cli.config.schema import Config
+from texttok_cli.errors import DataError, RecipeError
+from texttok_cli.files import write_json
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _texts(value: Any) -> Any:
+    return [str(entry) for entry in _listed(value)]
+
+
+class Series(Config):
+    """A system and its settings: every combination is a point."""
+
+    name: str = Field(min_length=1)
+    generator: str  # a generator's file or bundled name, or baseline:dit=FILE, the original DiT
+    tokenizer: str | None = (
+        None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
+    )
+    captions: Path | None = None  # class models: unseen captions in the place of those beside the generator's file
+    prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
+    steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
+    sampler: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
+    cfg: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]  # as `texttok sample --cfg`
+
+
+class Spec(Config):
+    """What `texttok bench tradeoff` is to do."""
+
+    name: str
+    reference: str | None = None  # the series that the others are compared with
+    ref: str | None = None  # reference images (folder, shard, manifest) or statistics (.npz) for the FID; --ref of the command wins
+    images: int = Field(50_000, ge=2)  # samples of each point
+    batch_size: int = Field(32, ge=1)
+    seed: int = Field(0, ge=0)
+    series: list[Series] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Spec:
+        names = [series.name for series in self.series]
+        if len(set(names)) < len(names):
+            raise ValueError("two series have the same name")
+        if self.reference not in (None, *names):
+            raise ValueError(f"reference {self.reference!r} is none of the series: {', '.join(names)}")
+        return self
+
+
+def load_spec(path: Path) -> Spec:
+    """A spec from YAML. RecipeError names the first key that is wrong."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Spec.model_validate(value)
+    except OSError as err:
+        raise RecipeError(f"{path}: {err.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(err).split())}") from None
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{path}: {where or 'spec'}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One point to measure."""
+
+    series: str
+    steps: int
+    sampler: str
+    cfg: str
+
+
+def settings(series: Series) -> list[Setting]:
+    """Every combination of a series."""
+    return [Setting(series.name, steps, sampler, cfg) for steps, sampler, cfg in product(series.steps, series.sampler, series.cfg)]
+
+
+# Numbers of the samples [0, n) of one batch -> uint8 images (B, 3, S, S). Sample i is the same in any batch.
+Sample = Callable[[Setting, Sequence[int]], Tensor]
+# All samples of a point, batch by batch -> their FID.
+Score = Callable[[Iterator[tuple[Sequence[int], Tensor]]], float]
+
+
+def measure_point(setting: Setting, sample: Sample, score: Score, timer: Timer, *, images: int, batch_size: int) -> PointResult:
+    """Sample `images` images in batches: seconds an image are the median batch's (whole batches only, if there is one), without scoring."""
+    seconds: list[tuple[int, float]] = []
+
+    def batches() -> Iterator[tuple[Sequence[int], Tensor]]:
+        for start in range(0, images, batch_size):
+            numbers = range(start, min(start + batch_size, images))
+            made: list[Tensor] = []
+            took = timer.once(lambda numbers=numbers, made=made: made.append(sample(setting, numbers)))  # type: ignore[misc]
+            seconds.append((len(numbers), took))
+            yield numbers, made[0]
+
+    fid = score(batches())
+    largest = max(size for size, _ in seconds)
+    median = statistics.median(took for size, took in seconds if size == largest)
+    return PointResult(
+        series=setting.series,
+        steps=setting.steps,
+        sampler=setting.sampler,
+        cfg=setting.cfg,
+        seconds_per_image=median / largest,
+        fid=fid,
+        images=images,
+    )
+
+
+class PointStore:
+    """Points that are done, one file each, written whole: an interrupted sweep goes on where it was.
+
+    `identity` is all that a point hangs on besides its setting; a point of another identity has another name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, setting: Setting, identity: Mapping[str, object]) -> Path:
+        """The file of one point."""
+        whole = json.dumps([setting.series, setting.steps, setting.sampler, setting.cfg, identity], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.json"
+
+    def load(self, setting: Setting, identity: Mapping[str, object]) -> PointResult | None:
+        """The point, if it is done. DataError for a damaged file."""
+        path = self.path(setting, identity)
+        if not path.exists():
+            return None
+        try:
+            return PointResult.model_validate(read_json_object(path))
+        except ValidationError:
+            raise DataError(f"{path}: not a point of a sweep; remove it to measure it again") from None
+
+    def save(self, setting: Setting, identity: Mapping[str, object], point: PointResult) -> None:
+        """Keep it."""
+        write_json(self.path(setting, identity), point.model_dump(mode="json"))
+
+
+# ------------------------------------------------------------------ what follows from the points
+
+
+def curve(result: TradeoffResult, series: str) -> list[Point]:
+    """The points of one series."""
+    return [
+        Point(f"{series}, {point.steps} steps, {point.sampler}, cfg {point.cfg}", point.seconds_per_image, point.fid)
+        for point in result.points
+        if point.series == series
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The others against the best setting of the reference."""
+
+    speedup: Comparison | None  # times faster at no worse FID
+    gain: Comparison | None  # percent of FID at no more time
+
+
+def summarize(result: TradeoffResult) -> Summary | None:
+    """What the paper's Fig. 4 says of two curves; None without a reference or without points of both."""
+    if result.reference is None:
+        return None
+    reference = curve(result, result.reference)
+    others = [point for name in result.tokens if name != result.reference for point in curve(result, name)]
+    if not reference or not others:
+        return None
+    return Summary(speedup_at_equal_fid(others, best(reference)), gain_at_equal_time(others, best(reference)))
+
+
+def best_by_tokens(result: TradeoffResult, names: Sequence[str]) -> dict[int, float]:
+    """Least FID of these series by number of tokens: what `mean_gain` compares (Sec. 4.3)."""
+    found: dict[int, float] = {}
+    for name in names:
+        for point in curve(result, name):
+            tokens = result.tokens[name]
+            found[tokens] = min(found.get(tokens, point.fid), point.fid)
+    return found
+
+
+def text_gain(result: TradeoffResult) -> float | None:
+    """Mean relative gain in FID, in percent, of the series named TexTok... over those named Baseline..., by number of tokens."""
+    kinds = (("baseline",), ("textok", "texttok"))
+    before, after = (best_by_tokens(result, [name for name in result.tokens if name.lower().startswith(kind)]) for kind in kinds)
+    return mean_gain(before, after) if before.keys() & after.keys() else None

@@ -1,0 +1,205 @@
+"""`texttok bench`: how fast it is, what quality that speed buys, and reports of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption
+from texttok_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from texttok_cli.bench.latency import Part
+    from texttok_cli.bench.report import Table
+    from texttok_cli.bench.results import LatencyResult
+    from texttok_cli.bench.task import Task
+
+bench = typer.Typer(help="Measure speed, speed against quality, and make reports of it.", no_args_is_help=True)
+PART_NAMES = ("text", "encode", "decode", "generate", "load", "train", "eval")
+SIZES = (256, 512)
+
+
+@bench.command()
+def latency(
+    part: Annotated[list[str] | None, typer.Option(help=f"What to time, repeatable: {', '.join(PART_NAMES)}; default all.")] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "32,64,128,256",
+    image_size: Annotated[str, typer.Option(help="256, 512, or both with a comma.")] = "256",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,32",
+    generator: Annotated[Literal["L", "XL"], typer.Option(help="Size of the DiT.")] = "L",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 250,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm++2m.")] = "ddpm",
+    cfg: Annotated[str, typer.Option(help="Guidance, as `texttok sample --cfg`; 1 is none.")] = "1.5",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the models.")] = "bf16",
+    warm_up: Annotated[int, typer.Option(min=0, help="Runs that are not counted.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs that are; the median is taken.")] = 5,
+    clock: Annotated[Literal["wall", "cpu"], typer.Option(help="cpu: processor time of one thread, for a machine in use.")] = "wall",
+    targets: Annotated[bool, typer.Option("--targets", help="Instead: how near the machine's limit, as ratios against targets.")] = False,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time every part of the pipeline with models of the paper's sizes and random weights.
+
+    Each row is a median with its quartiles. On a CPU a few denoising steps and a part of a large batch are run and multiplied,
+    and what does not fit into memory is not tried; rows say so. -o writes all of it as JSON, with the machine and the versions.
+    """
+    import torch
+
+    from texttok_cli.bench.machine import describe
+    from texttok_cli.bench.report import latency_table, target_table
+    from texttok_cli.bench.results import LatencyResult, save_result
+    from texttok_cli.bench.subjects import Where
+    from texttok_cli.bench.task import Task
+    from texttok_cli.bench.timing import Timer
+    from texttok_cli.inference import pick_device
+
+    parts = _parts(part)
+    where = Where(pick_device(device), precision)
+    task = Task(
+        where,
+        Timer(where.device, warm_up=warm_up, repeats=repeats, clock=clock),
+        _numbers("--image-size", image_size, SIZES),
+        _numbers("--tokens", tokens),
+        _numbers("--batch", batch),
+        generator,
+        steps,
+        sampler,
+        cfg,
+    )
+    machine = describe(where.device, clock=clock)
+    result = LatencyResult(weights="random weights", precision=precision, machine=machine)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        result = _collect(result, task, parts, targets=targets, out=out, quiet=quiet)
+    if json:
+        print(result.model_dump_json())
+    else:
+        _print(target_table("Targets", result) if targets else latency_table("Latency", result))
+    if out is not None:
+        save_result(out, result)
+
+
+@bench.command()
+def tradeoff(
+    spec: Annotated[Path, typer.Argument(help="A YAML file: series of generators with their steps, samplers and guidance.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the points, the result and the plots.")],
+    ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="References of the FID, in the place of the spec's.")] = None,
+    paper_size: Annotated[Literal["256", "512"], typer.Option(help="Which of the paper's curves is drawn beside ours.")] = "256",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the models.")] = "bf16",
+    device: DeviceOption = "auto",
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Sweep settings of generators: seconds an image against FID, and what follows (Fig. 4 of the paper).
+
+    Every point is kept as soon as it is measured; the same command again goes on. DIR gets NAME.json, NAME.png and NAME.svg.
+    """
+    from texttok_cli.bench.plots import plot_tradeoff
+    from texttok_cli.bench.report import tradeoff_tables
+    from texttok_cli.bench.results import save_result
+    from texttok_cli.bench.sweep import sweep
+    from texttok_cli.bench.tradeoff import load_spec
+    from texttok_cli.console import progress, say
+    from texttok_cli.inference import pick_device
+
+    chosen = load_spec(spec)
+    references = ref or chosen.ref
+    if references is None:
+        raise DataError(f"{spec}: names no references for the FID: add ref, or give --ref")
+    with progress(quiet=quiet) as bar:
+        bars = bar.add_task("points", total=None, note="")
+        result = sweep(
+            chosen,
+            references,
+            out,
+            device=pick_device(device),
+            precision=precision,
+            offline=offline,
+            on_point=lambda done, total, note: bar.update(bars, completed=done, total=total, note=note),
+        )
+    save_result(out / f"{chosen.name}.json", result)
+    files = plot_tradeoff(result, out / chosen.name, paper_size=int(paper_size))
+    if json:
+        print(result.model_dump_json())
+        return
+    for table in tradeoff_tables(result):
+        _print(table)
+    if not quiet:
+        say(f"plots: {', '.join(map(str, files))}")
+
+
+@bench.command()
+def report(
+    inputs: Annotated[list[Path], typer.Argument(help="Result files, or folders of them: of `bench` and of `eval -o`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for report.md, report.html and the plots.")],
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Merge results into one page of tables and plots, as Markdown and as one self-contained HTML file."""
+    from texttok_cli.bench.report import find_results, write_report
+    from texttok_cli.console import emit, say
+
+    found = find_results(inputs)
+    files = write_report(found, out)
+    if found.unknown and not quiet:
+        say(f"left out, of another kind: {', '.join(path.name for path in found.unknown)}")
+    emit({"results": len(found), "files": [str(file) for file in files]}, as_json=json)
+
+
+# ------------------------------------------------------------------ the latency command's parts
+
+
+def _parts(chosen: list[str] | None) -> list[Part]:
+    for name in chosen or []:
+        if name not in PART_NAMES:
+            raise DataError(f"--part {name}: there are {', '.join(PART_NAMES)}")
+    return list(dict.fromkeys(chosen or PART_NAMES))  # type: ignore[arg-type]
+
+
+def _numbers(option: str, text: str, allowed: tuple[int, ...] = ()) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"{option} {text}: not whole numbers separated by commas") from None
+    wrong = [value for value in values if value < 1 or (allowed and value not in allowed)]
+    if wrong:
+        raise DataError(f"{option} {wrong[0]}: must be {' or '.join(map(str, allowed)) if allowed else 'at least 1'}")
+    return list(dict.fromkeys(values))
+
+
+def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: bool, out: Path | None, quiet: bool) -> LatencyResult:
+    """All rows or all targets; the file is written after each, as a run takes long."""
+    from texttok_cli.bench.latency import latency as rows_of
+    from texttok_cli.bench.results import save_result
+    from texttok_cli.bench.targets import targets as targets_of
+    from texttok_cli.console import progress
+
+    with progress(quiet=quiet) as bar:
+        counter = bar.add_task("targets" if targets else "rows", total=None, note="")
+        for item in targets_of(task) if targets else rows_of(task, parts):
+            kind = "targets" if targets else "rows"
+            result = result.model_copy(update={kind: [*getattr(result, kind), item]})
+            if out is not None:
+                save_result(out, result)
+            bar.update(counter, advance=1, note=getattr(item, "name", "") or f"{getattr(item, 'part', '')} {getattr(item, 'system', '')}")
+    return result
+
+
+def _print(table: Table) -> None:
+    """A table as aligned text, whole lines whatever the terminal's width."""
+    from texttok_cli.console import stdout
+
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    stdout.print(table.title, style="bold", markup=False)
+    if table.remark:
+        stdout.print(table.remark, markup=False)
+    for line in lines:
+        stdout.print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), markup=False)
