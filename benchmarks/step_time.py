@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.config.schema import TokenizerRecipe, TextCondition
+from texttok_cli.config.schema import TextCondition, TokenizerRecipe
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import build_optimizers

@@ -150,7 +150,7 @@ class ResNetLogits(nn.Module):
 
     def __init__(self, *, offline: bool = False) -> None:
         super().__init__()
-        from torchvision.models import resnet50  # type: ignore[import-untyped]  # takes seconds, and only this loss needs it
+        from torchvision.models import resnet50  # takes seconds, and only this loss needs it
 
         self.net = resnet50()
         self.net.load_state_dict(load_torch_weights(resolve("resnet50", offline=offline)))
