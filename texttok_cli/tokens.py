@@ -291,11 +291,11 @@ class TokenFolder:
         number = 1 + max((int(shard.file[6:11]) for shard in before), default=-1)
         written = self._write(tokens, number)
         shards = [*(self._without(replaced, number + 1) if replaced else before), written]
+        self._note(tokens.header)  # before they are in the index: interrupted here, the next flush replaces this shard
         self._save_index(self.index.with_shards(shards, complete=False))
         for shard in before:
             if shard not in shards:
                 (self.path / shard.file).unlink(missing_ok=True)
-        self._note(tokens.header)
         self._waiting = []
 
     def finish(self) -> None:
@@ -311,12 +311,12 @@ class TokenFolder:
     def _without(self, keys: set[Key], number: int) -> Iterator[Shard]:
         """The shards without these tokens; one that held any is written anew, under a number from `number` on."""
         for place, shard in enumerate(self.index.shards):
-            tokens = load_tokens(self.path / shard.file)
-            kept = [i for i, key in enumerate(_keys(tokens.header)) if key not in keys]
-            if len(kept) == len(tokens):
+            header = load_token_header(self.path / shard.file)
+            kept = [i for i, key in enumerate(_keys(header)) if key not in keys]
+            if len(kept) == len(header.ids):
                 yield shard
             elif kept:
-                yield self._write(select(tokens, kept), number + place)
+                yield self._write(select(load_tokens(self.path / shard.file), kept), number + place)
 
     def _write(self, tokens: Tokens, number: int) -> Shard:
         path = self.path / f"shard-{number:05d}{SUFFIX}"

@@ -33,6 +33,7 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 RecipeFile = Callable[..., Path]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from texttok_cli.bench import html, paper
@@ -51,12 +52,18 @@ def find_results(inputs: Sequence[Path]) -> Found:
         if KEY in value:
             result = parse_result(path, value)
             kind: dict[str, LatencyResult] | dict[str, TradeoffResult] = found.latency if result.kind == "latency" else found.tradeoff
-            kind[path.stem] = result  # type: ignore[assignment]
+            kind[_free_name(path, kind)] = result  # type: ignore[assignment]
         elif "texttok_report" in value:
-            found.evaluations[path.stem] = load_report(path)
+            found.evaluations[_free_name(path, found.evaluations)] = load_report(path)
         else:
             found.unknown.append(path)
     return found
+
+
+def _free_name(path: Path, taken: Container[str]) -> str:
+    """The file's stem; where another file has it, with the folder's name before it, and a number if that is taken too."""
+    names = chain([path.stem, f"{path.parent.name}-{path.stem}"], (f"{path.parent.name}-{path.stem}-{i}" for i in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _files(path: Path) -> list[Path]:
@@ -180,12 +187,12 @@ def _evaluation_tables(found: Found, out: Path) -> list[Table]:
             card = result.card
             rows.append([name, card.samples, result.metric, value, f"{card.n:,}", card.reference or MISSING, "; ".join(result.warnings)])
             if result.metric == "rfid" and result.value is not None:
-                rfid[card.samples] = (result.value, card.n, card.reference)
+                rfid[card.samples] = (result.value, card.n, card.reference, card.reference_sha256)
     table = Table("Evaluations", ["report", "samples", "metric", "value", "n", "references", "warnings"], rows)
-    curves = rfid_by_tokens({name: value for name, (value, _, _) in rfid.items()})
-    protocols = {(n, reference) for _, n, reference in rfid.values()}
+    curves = rfid_by_tokens({name: values[0] for name, values in rfid.items()})
+    protocols = {values[1:] for values in rfid.values()}
     if curves and len(protocols) == 1:  # numbers of unlike sets are not drawn into one plot
-        [(n, reference)] = protocols
+        [(n, reference, _)] = protocols
         table.picture = plot_rfid(curves, out / "rfid", caption=f"{n:,} images of {reference}")[0]
     return [table]
 

@@ -53,11 +53,10 @@ def sweep(
     for series in spec.series:
         system = open_system(series, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
         tokens[series.name] = system.tokens
-        identity = common | dict(system.identity)
+        identity = common | dict(system.identity) | {"labels": series.labels}
         for setting in settings(series):
             point = store.load(setting, identity)
             if point is None:
-                system.begin()
                 score = _score(network, device, references.at(system.image_size))
                 point = measure_point(setting, system.sample, score, timer, images=spec.images, batch_size=spec.batch_size)
                 store.save(setting, identity, point)
@@ -88,7 +87,7 @@ def _protocol(spec: Spec, network: FidInception, references: _References, precis
         "n": spec.images,
         "n_reference": references.count,
         "seed": spec.seed,
-        "labels": "equal",
+        "labels": ", ".join(dict.fromkeys("prompts" if series.prompts else series.labels for series in spec.series)),
         "batch": spec.batch_size,
         "precision": precision,
     }

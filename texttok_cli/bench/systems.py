@@ -35,9 +35,6 @@ class System(Protocol):
     image_size: int
     identity: Mapping[str, object]  # all that its images hang on
 
-    def begin(self) -> None:
-        """Forget what would make the next point faster than the first."""
-
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
         """Samples with these numbers, uint8 (B, 3, S, S) on the CPU; a number's sample is the same in any batch."""
 
@@ -45,7 +42,7 @@ class System(Protocol):
 def open_system(
     series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
 ) -> System:
-    """The system of a series, to make `images` images: as many of every class, or of the first prompts.
+    """The system of a series, to make `images` images: of its classes as `labels` says, or of the first prompts.
 
     Raises DataError, CheckpointError or BackendError for what is not to be had.
     """
@@ -79,18 +76,12 @@ class TexTokSystem:
             "prompts": None if series.prompts is None else sha256_file(series.prompts),
         }
 
-    def begin(self) -> None:
-        """With no text embedded yet."""
-        generator, old = self.generator, self.generator.tokenizer.text
-        if old is None:
-            return
-        fresh = EmbeddingCache(old.encoder)
-        if generator.text is old:
-            generator.text = fresh
-        generator.tokenizer.text = fresh
-
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
-        """See `System`."""
+        """See `System`. No text is embedded yet: captions drawn again from a short list would cost nothing."""
+        generator = self.generator
+        caches = (generator.text, generator.tokenizer.text)
+        fresh = {id(cache): EmbeddingCache(cache.encoder) for cache in caches if cache is not None}  # one, where both share it
+        generator.text, generator.tokenizer.text = (fresh.get(id(cache)) for cache in caches)
         how = self.generator.sampling(setting.sampler, setting.steps, setting.cfg)
         return self.generator.generate([self.requests[number] for number in numbers], how)
 
@@ -99,7 +90,7 @@ def _requests(generator: Generator, series: Series, seeds: range) -> list[Reques
     if generator.num_classes is not None:
         if series.prompts is not None:
             raise DataError(f"{series.name}: {series.generator} is a class model: leave out prompts")
-        return generator.requests(classes=generator.labels("equal", len(seeds)), seeds=seeds)
+        return generator.requests(classes=generator.labels(series.labels, len(seeds)), seeds=seeds)
     if series.prompts is None:
         raise DataError(f"{series.name}: {series.generator} is a text-to-image model: name a file of prompts")
     prompts = read_prompts(series.prompts)
@@ -124,9 +115,6 @@ class OriginalDiT:
         self.tokens, self.image_size = latents.size**2, FACTOR * latents.size
         self.labels, self.seed = spread_labels([1] * condition.num_classes, images), seed
         self.identity: Mapping[str, object] = {"generator": sha256_file(path), "tokenizer": decoder.info.sha256}
-
-    def begin(self) -> None:
-        """It remembers nothing."""
 
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
         """See `System`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -40,6 +40,7 @@ class Series(Config):
         None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
     )
     captions: Path | None = None  # class models: unseen captions in the place of those beside the generator's file
+    labels: Literal["equal", "proportional"] = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
     steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
     sampler: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]

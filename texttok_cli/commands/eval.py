@@ -143,6 +143,7 @@ def eval_(
         if html is not None:
             write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
         print_report(report, subjects, {"out": out, "html": html}, quiet=quiet, as_json=json)
+    processes.finish()
     for state in states:
         if state is not None:
             state.unlink(missing_ok=True)
@@ -157,6 +158,8 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
 
     if metric is not None:
         names = list(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
+        if not names:
+            raise DataError("--metric: names no metric")
     elif fixed is not None:
         names = list(fixed.metrics)
     else:

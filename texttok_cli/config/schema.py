@@ -242,6 +242,13 @@ class GeneratorConfig(Config):
     condition: Annotated[ClassLabels | Prompt, Field(discriminator="source")] = ClassLabels()
     process: Annotated[DDPM | Flow, Field(discriminator="kind")] = DDPM()
 
+    @model_validator(mode="after")
+    def _positions_fit(self) -> GeneratorConfig:
+        parts = 4 if isinstance(self.latents, GridLatents) else 2  # sines and cosines, of a map for rows and columns
+        if self.backbone.width % parts:
+            raise ValueError(f"backbone width {self.backbone.width} is not a multiple of {parts}, which the positions need")
+        return self
+
 
 # ------------------------------------------------------------------ training
 

@@ -14,11 +14,11 @@ def find_class(asked: str | int, names: Sequence[str] | None, num_classes: int) 
     `names` are in the order of ids, None if there are none. DataError for a class that isn't there and for a part that several share.
     """
     name, known = str(asked), names or []
-    if name in known:
+    if isinstance(asked, str) and name in known:  # a number that came as text may be a name
         return known.index(name)
-    if name.isdecimal():
-        if int(name) < num_classes:
-            return int(name)
+    if isinstance(asked, int) or name.isdecimal():
+        if 0 <= int(asked) < num_classes:
+            return int(asked)
         raise DataError(f"class {name}: the ids are 0 to {num_classes - 1}")
     bare = [i for i, whole in enumerate(known) if _bare(whole) == name]
     if len(bare) > 1:

@@ -45,12 +45,17 @@ class Processes:
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object([(evaluator.evidence, count) for evaluator, count in zip(evaluators, truncated, strict=True)], found)
-        dist.destroy_process_group()
         for others in (found or [])[1:]:
             for number, (evidence, count) in enumerate(others):
                 evaluators[number].evidence.merge(evidence)
                 truncated[number] += count
         return truncated
+
+    def finish(self) -> None:
+        """After `merge`: wait until the first process has written its report, before which nobody's saved state may go."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def run_pass(

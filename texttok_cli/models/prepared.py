@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from texttok_cli.models.dit import DiT, DiTBlock
 
 # Times x conditions whose modulations are held at once: all of a run in one matmul a block, unless it has many classes.
-# A row of DiT-XL takes 0.39 MB in bf16, so that 0.8 GB are held at most.
+# A row of DiT-XL takes 0.39 MB in bf16, so that 0.8 GB are held at most (1.6 GB in fp32).
 MODULATION_ROWS = 2048
 
 KeysValues = tuple[Tensor, Tensor]  # (B, H, T, E) each
@@ -36,7 +36,8 @@ class PreparedDiT:
         self.classes, self.ranks, self.null_rank = _distinct(dit, class_ids, cond, null=null)
         self.rows = 1 if self.classes is None else len(self.classes)  # K; a text model's modulations depend on the time only
         self.text, self.text_mask, self.null_text = self._keys_values(cond, null=null)
-        self.first, self.modulations = -1, [times]  # modulations of the times from `first` on; none yet
+        self.first = -1
+        self.modulations: list[Tensor] = []  # of the times from `first` on; none yet
 
     def __call__(self, x: Tensor, step: int, *, null: bool = False) -> Tensor:
         """Noisy latents (B, ...) at times[step] -> predictions as DiT.forward's; with `null` (2B, ...), the null condition's last."""
@@ -66,6 +67,7 @@ class PreparedDiT:
             times = self.times[first : first + count]
             ids = None if self.classes is None else self.classes.repeat(len(times))
             c = self.dit.modulator(times.repeat_interleave(self.rows), ids)  # (times*K, D)
+            self.modulations = []  # given back before the next are made
             linears = [*(block.modulation for block in self.blocks), self.dit.final_modulation]
             self.modulations = [linear(c).unflatten(0, (-1, self.rows)) for linear in linears]  # (times, K, 6D)
             self.first = first

@@ -20,6 +20,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from texttok_cli.config.schema import TrainConfig
@@ -53,6 +54,14 @@ class Engine:
             # Accelerate looks for FSDP on accelerators only; FSDP2 itself runs over gloo as well.
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            plugin.cpu_ram_efficient_loading = False  # every process builds the model from the seed; that path can't take buffers
+            if cfg.precision == "bf16":
+                # Accelerate's policy would round times and latents to bf16, and sum gradients in it.
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+                )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process

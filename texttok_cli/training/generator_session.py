@@ -50,7 +50,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
         run.open(recipe)
     engine.wait()
     engine.start_trackers()
-    known = _conditions(recipe, stores, out, engine, report, offline)
+    known = _conditions(recipe, tokenizer, stores, out, engine, report, offline)
     start = _start(recipe, tokenizer, offline)
     task = GeneratorTask(recipe, engine, known.conditioners[0], stores[0].statistics, None if start is None else start[0])
     loader = LatentLoader(
@@ -134,9 +134,20 @@ class _Known:
 
 
 def _conditions(
-    recipe: GeneratorRecipe, stores: Sequence[LatentStore], out: Path, engine: Engine, report: Reporter, offline: bool
+    recipe: GeneratorRecipe,
+    tokenizer: ModelInfo,
+    stores: Sequence[LatentStore],
+    out: Path,
+    engine: Engine,
+    report: Reporter,
+    offline: bool,
 ) -> _Known:
     condition = recipe.model.condition
+    reads_text = isinstance(tokenizer.header.model.condition, TextCondition)
+    if recipe.data.captions is not None and (reads_text or not isinstance(condition, Prompt)):
+        raise RecipeError(
+            "data.captions: is for a text-to-image model on tokens of a model without text; for others encode again with those captions"
+        )
     if isinstance(condition, Prompt):
         overrides = None if recipe.data.captions is None else Path(recipe.data.captions)
         texts = [store.texts(overrides) for store in stores]

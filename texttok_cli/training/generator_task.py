@@ -45,7 +45,7 @@ class GeneratorTask:
         if start is not None:
             self.model.load_state_dict(start.state_dict())
         self.model.latent_mean.copy_(torch.tensor(statistics.mean))
-        self.model.latent_std.copy_(torch.tensor(statistics.std))
+        self.model.latent_std.copy_(torch.tensor([std or 1.0 for std in statistics.std]))  # a channel that never varies stays as it is
         self.model.set_checkpointing(recipe.training.checkpointing)
         self.optimizers: list[Optimizer] = build_optimizers(list(self.model.parameters()), self.model.block_matrices(), recipe.optimizer)
         self.predict = engine.prepare(self.model, self.optimizers)
@@ -64,7 +64,8 @@ class GeneratorTask:
 
         def backward(part: slice) -> dict[str, Tensor]:
             condition = with_dropped(self.condition(indices[part]), drop[part], self.recipe.model)
-            losses = self._losses(self.predict, x0[part], t[part], noise[part], condition)
+            with self.engine.autocast():  # FSDP2's wrapper, unlike DDP's, doesn't bring it along
+                losses = self._losses(self.predict, x0[part], t[part], noise[part], condition)
             loss = torch.stack(list(losses.values())).sum()
             self.engine.backward(loss / parts)
             return losses | {"loss": loss}
