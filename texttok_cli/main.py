@@ -9,9 +9,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from texttok_cli import __version__
+from texttok_cli.commands.bench import bench
+from texttok_cli.commands.caption import caption
 from texttok_cli.commands.decode import decode
 from texttok_cli.commands.encode import encode
 from texttok_cli.commands.eval import eval_
+from texttok_cli.commands.sample import sample
 from texttok_cli.commands.train import train
 from texttok_cli.errors import TextTokError
 
@@ -22,10 +25,13 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(caption)
 app.command()(encode)
 app.command()(decode)
 app.command()(train)
+app.command()(sample)
 app.command("eval")(eval_)
+app.add_typer(bench, name="bench")
 
 
 def _version(value: bool) -> None:
@@ -57,6 +63,16 @@ def main() -> None:
         if debug:
             raise
         _fail(f"{err.filename2 or err.filename or 'file system'}: {err.strerror or err}")
+    except RuntimeError as err:
+        if debug or not _is_out_of_memory(err):
+            raise
+        _fail("the GPU has not enough free memory: take a smaller --batch-size, --precision bf16 or --device cpu")
+
+
+def _is_out_of_memory(err: RuntimeError) -> bool:
+    """Whether a GPU's memory ran out. torch is not imported for this: what did not load it can't have raised its errors."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(err, torch.OutOfMemoryError)
 
 
 def _fail(message: str) -> NoReturn:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from texttok_cli.config.loader import dump_recipe, load_recipe, merge, recipe_names
-from texttok_cli.config.schema import ClassEmbedding, NoCondition, Recipe, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, GeneratorRecipe, NoCondition, TextCondition, TokenizerRecipe
 from texttok_cli.errors import RecipeError
 
 MINIMAL = "model: {}\ndata: {train: [x]}\nschedule: {steps: 1}\n"
@@ -105,8 +105,25 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
 
 
 def test_the_dump_loads_as_the_same_recipe() -> None:
-    loaded = load_recipe("tokenizer/texttok-32-256")
-    assert Recipe.model_validate(yaml.safe_load(dump_recipe(loaded))) == loaded
+    for name, schema in (("tokenizer/texttok-32-256", TokenizerRecipe), ("generator/t2i-xl-32-256", GeneratorRecipe)):
+        loaded = load_recipe(name)
+        assert type(loaded) is schema and schema.model_validate(yaml.safe_load(dump_recipe(loaded))) == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.backbone.size=H", "size 'H' is not one of S, B, L, XL"),
+        ("model.condition.dropuot=0.2", "unknown key 'model.condition.dropuot'; did you mean 'dropout'?"),
+        ("training.val_images=3", "unknown key 'training.val_images'; did you mean 'val_latents'?"),
+        ("objective.l2=1", "unknown key 'objective'; known there: data, model, optimizer, reproduces, schedule, task, training"),
+        ("task=decoder", "task 'decoder' is not one of tokenizer, generator"),
+    ],
+)
+def test_mistakes_in_a_generators_recipe_are_one_clear_line(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as err:
+        load_recipe("tiny/class-32-128", [override])
+    assert message in str(err.value) and "\n" not in str(err.value)
 
 
 def test_one_path_with_braces_needs_no_list() -> None:

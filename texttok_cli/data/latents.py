@@ -59,7 +59,9 @@ class LatentStore:
             raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not of one tokenizer; encode again")
         found = [statistics for index in indices.values() if (statistics := index.statistics()) is not None]
         if len(found) < len(indices) or any(len(statistics.mean) != latents[0].shape[-1] for statistics in found):
-            raise DataError(f"{', '.join(map(str, folders))}: index.json has no statistics of its tokens; encode again into an empty folder")
+            raise DataError(
+                f"{', '.join(map(str, folders))}: index.json has no statistics of its tokens; encode again into an empty folder"
+            )
         return LatentStore(torch.cat(latents), ids, flipped, class_names, captions, reduce(Statistics.plus, found))
 
     def __len__(self) -> int:

@@ -1,0 +1,209 @@
+"""Lengths, prompts, measured words, captions from what is known, the file, and the pass over a dataset."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from texttok_cli.captioners import run
+from texttok_cli.captioners.attributes import COLOURS, Attributes, describe, measure, parse
+from texttok_cli.captioners.base import CaptionFailed, Subject, Written, limit_words, with_article
+from texttok_cli.captioners.known import ClassText, Sidecar
+from texttok_cli.captioners.prompts import load_prompt
+from texttok_cli.captioners.store import CaptionLines
+from texttok_cli.data import open_dataset
+from texttok_cli.errors import BackendError, DataError
+
+Picture = Callable[..., Image.Image]
+
+# ------------------------------------------------------------------ lengths and prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "expected", "cut"),
+    [
+        ("one  two\nthree ", 3, "one two three", False),
+        ("One two. Three four five six.", 4, "One two.", True),
+        ('He said "stop." Then all went on.', 5, 'He said "stop."', True),
+        ("One. Two three four, five six", 4, "One. Two three four", True),  # one sentence of a quarter of the words is too little
+        ("", 3, "", False),
+    ],
+)
+def test_words_are_limited_at_a_sentence_or_a_word(text: str, most: int, expected: str, cut: bool) -> None:
+    assert limit_words(Written(text), most) == (expected, cut)
+
+
+def test_what_the_model_did_not_finish_loses_its_half_sentence() -> None:
+    assert limit_words(Written("A dog runs. It has a", complete=False), 75) == ("A dog runs.", True)
+    assert limit_words(Written("A dog runs on the", complete=False), 75) == ("A dog runs on the", True)
+
+
+def test_articles() -> None:
+    assert [with_article(noun) for noun in ("dog", "apple", "Orange")] == ["a dog", "an apple", "an Orange"]
+
+
+def test_a_prompt_is_known_by_its_text() -> None:
+    long, short = load_prompt("caption", max_words=75), load_prompt("caption", max_words=25)
+    assert "at most 75 words" in long.text and "{" not in long.text
+    assert long.sha256 != short.sha256 and long.sha256 == load_prompt("caption", max_words=75).sha256
+    unseen = load_prompt("unseen", max_words=75)
+    filled = unseen.fill(class_name="tulip", number=3, examples="a {number} b")
+    assert "tulip" in filled and "a {number} b" in filled  # what is filled in is not filled in again
+
+
+# ------------------------------------------------------------------ measured words
+
+
+@pytest.mark.parametrize("name", list(COLOURS))
+def test_plain_pictures_have_their_colour(name: str, picture: Picture) -> None:
+    found = measure(picture(COLOURS[name]))
+    assert (found.middle, found.edge, found.detail) == (name, name, "smooth")
+
+
+def test_two_colours_edges_and_light(picture: Picture) -> None:
+    image = picture(COLOURS["white"], (128, 128))
+    image.paste(COLOURS["red"], (20, 20, 108, 80))
+    image.paste(COLOURS["navy"], (20, 80, 108, 108))
+    assert measure(image) == Attributes("red and navy", "white", "evenly lit", "smooth")
+    assert measure(picture(COLOURS["black"])).light == "dark" and measure(picture(COLOURS["white"])).light == "bright"
+    assert measure(picture(size=(128, 128))).detail == "finely detailed"
+
+
+def test_describe_and_parse_are_inverse() -> None:
+    attributes = Attributes("red and dark green", "light grey", "evenly lit", "smooth")
+    caption = describe("A field, mostly empty. It rains.", attributes)
+    assert caption.endswith("It rains, mostly red and dark green in the middle, light grey towards the edges, evenly lit, smooth")
+    assert parse(caption) == ("A field, mostly empty. It rains", attributes)
+    assert parse("a dog on a chair") is None
+
+
+def test_the_shards_captions_have_this_form(real_shards: list[Path]) -> None:
+    """And our words are theirs more often than chance: their palette and thresholds are not published."""
+    dataset = open_dataset(real_shards, caption_field="measured")
+    same = []
+    for i in range(0, len(dataset), 20):
+        known = parse(str(dataset.items[i].caption))
+        assert known is not None and describe(*known) == dataset.items[i].caption
+        ours = measure(Image.open(io.BytesIO(dataset.read(i))).convert("RGB"))
+        same.append([a == b for a, b in zip(ours, known[1], strict=True)])
+    middle, edge, light, detail = np.mean(same, axis=0)
+    assert middle > 0.3 and edge > 0.6 and light > 0.9 and detail > 0.9
+
+
+# ------------------------------------------------------------------ from what is known
+
+
+def test_class_text_and_sidecar(picture: Picture) -> None:
+    subjects = [Subject(picture((200, 30, 30)), "flower/tulip", "two tulips"), Subject(picture())]
+    plain, failed = ClassText()(subjects)
+    assert plain == Written("a photo of a tulip") and isinstance(failed, CaptionFailed)
+    measured = ClassText("a {} ({})", measured=True)(subjects)[0]
+    assert measured == Written("a tulip (tulip), mostly red in the middle, red towards the edges, dark, smooth")
+    beside, failed = Sidecar()(subjects)
+    assert beside == Written("two tulips") and "no text beside it" in str(failed)
+
+
+# ------------------------------------------------------------------ the file
+
+MADE_BY = {"backend": "b", "max_words": 75}
+
+
+def test_lines_are_there_at_once_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "captions.jsonl"
+    with CaptionLines(path, MADE_BY) as lines:
+        lines.add([{"id": "a", "caption": "é"}])
+        assert json.loads(path.read_text()) == {"id": "a", "caption": "é", **MADE_BY}
+        lines.add([{"id": "b", "caption": "B"}])
+    with CaptionLines(path, MADE_BY) as lines:
+        assert [row["id"] for row in lines.rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize("keep", range(1, 60, 7))
+def test_a_line_that_was_cut_off_is_written_anew(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    with CaptionLines(path, MADE_BY) as lines:
+        lines.add([{"id": "a", "caption": "A"}])
+    first = path.read_bytes()
+    path.write_bytes(first + first[:keep])
+    with CaptionLines(path, MADE_BY) as lines:
+        assert [row["id"] for row in lines.rows] == ["a"]
+        lines.add([{"id": "b", "caption": "B"}])
+    assert path.read_bytes().startswith(first) and [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"id": "a", **MADE_BY}))
+    with CaptionLines(path, MADE_BY) as lines:
+        lines.add([{"id": "b"}])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+def test_captions_of_other_settings_or_no_captions_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"id": "a", "backend": "b", "max_words": 25}) + "\n")
+    with pytest.raises(DataError, match="have max_words 25, these would have 75; give another file with -o"):
+        CaptionLines(path, MADE_BY)
+    path.write_text("not JSON\nmore\n")
+    with pytest.raises(DataError, match=r"captions.jsonl:1: not a JSON line"):
+        CaptionLines(path, MADE_BY)
+    assert path.read_text() == "not JSON\nmore\n"
+
+
+# ------------------------------------------------------------------ the pass
+
+
+class Fake:
+    """Says how large an image is; refuses every third, writes nothing of every fifth."""
+
+    backend, model, prompt = "fake", None, None
+
+    def __init__(self, concurrency: int = 0) -> None:
+        self.concurrency, self.calls, self.threads = concurrency, [], set()
+
+    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+        self.calls.append(len(subjects))
+        self.threads.add(threading.current_thread())
+        time.sleep(0.01)
+        return [self._one(subject.image.width) for subject in subjects]
+
+    def _one(self, width: int) -> Written | CaptionFailed:
+        return CaptionFailed("refused") if width % 3 == 0 else Written("" if width % 5 == 0 else f"{width} wide")
+
+
+@pytest.mark.parametrize("concurrency", [0, 1, 4])
+def test_every_image_has_an_outcome(concurrency: int, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    for i in range(10, 19):
+        draw(tmp_path / f"{i}.png", size=(i, 8), part=0.5 if i == 17 else 1)
+    fake = Fake(concurrency)
+    found = dict(outcome for part in run.caption_dataset(fake, open_dataset([tmp_path]), range(9), batch_size=4) for outcome in part)
+    assert sorted(found) == list(range(9))
+    texts = [outcome.text if isinstance(outcome, Written) else str(outcome) for _, outcome in sorted(found.items())]
+    assert texts[:7] == ["the model wrote nothing", "11 wide", "refused", "13 wide", "14 wide", "refused", "16 wide"]
+    assert "damaged or cut short" in texts[7] and texts[8] == "refused"
+    assert fake.calls == ([4, 3, 1] if concurrency == 0 else [1] * 8)
+    assert len(fake.threads) == max(concurrency, 1)
+
+
+@pytest.mark.parametrize("concurrency", [0, 3])
+def test_what_stops_every_image_is_raised_and_the_threads_end(
+    concurrency: int, tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(30):
+        draw(tmp_path / f"{i:02d}.png", size=(8, 8))
+    fake = Fake(concurrency)
+
+    def refuse(width: int) -> Written:
+        raise BackendError("no such model")
+
+    monkeypatch.setattr(fake, "_one", refuse)
+    with pytest.raises(BackendError, match="no such model"):
+        list(run.caption_dataset(fake, open_dataset([tmp_path]), range(30), batch_size=1))
+    time.sleep(0.1)
+    assert len(fake.calls) < 30 and not any(thread.is_alive() for thread in fake.threads - {threading.main_thread()})

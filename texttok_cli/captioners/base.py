@@ -1,0 +1,68 @@
+"""What a captioner is, and how long a caption may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.errors import DataError
+
+SENTENCE_ENDS = (".", "!", "?")
+CLOSING = "\"')]»”’"  # may follow the end of a sentence
+
+
+class CaptionFailed(DataError):
+    """One image for which there is no caption, and why; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An image (RGB) to be captioned, and what is known of it: its class and the caption beside it."""
+
+    image: Image.Image
+    class_name: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a captioner wrote; not `complete` if its limit of tokens stopped it."""
+
+    text: str
+    complete: bool = True
+
+
+class Captioner(Protocol):
+    """Images to texts. `model` and `prompt` say what they depend on besides the image, None where there is no such thing."""
+
+    backend: str
+    model: str | None
+    prompt: Prompt | None
+    concurrency: int  # calls that may run at the same time, each with one image; 0: batches, one after the other
+
+    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+        """A text for each of them, or why there is none. BackendError for what would stop every other image too."""
+
+
+def limit_words(written: Written, max_words: int) -> tuple[str, bool]:
+    """The text with single spaces and at most `max_words` words, and whether it was cut.
+
+    It is cut behind its last whole sentence if that keeps at least half of the words, else behind a word.
+    """
+    words = written.text.split()
+    if written.complete and len(words) <= max_words:
+        return " ".join(words), False
+    kept = words[:max_words]
+    ends = [place for place, word in enumerate(kept, 1) if word.rstrip(CLOSING).endswith(SENTENCE_ENDS)]
+    if ends and ends[-1] >= len(kept) / 2:
+        return " ".join(kept[: ends[-1]]), True
+    return " ".join(kept).rstrip(",;:-–—"), True
+
+
+def with_article(noun: str) -> str:
+    """`a dog`, `an apple`."""
+    return f"{'an' if noun[:1].lower() in set('aeiou') else 'a'} {noun}"

@@ -1,0 +1,46 @@
+"""Captions from what is known of an image without looking at what it shows: its class, or the text beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from texttok_cli.captioners.attributes import describe, measure
+from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.inference import CLASS_TEXT
+
+
+class ClassText:
+    """The class in a template (Table 4a, "class text"); with `measured` also colours, brightness and detail."""
+
+    model: str | None = None
+    concurrency = 0
+
+    def __init__(self, template: str | None = None, *, measured: bool = False) -> None:
+        """`template` has a {} for the last part of the class's name; None is the one that tokenizers use."""
+        self.backend = "class-measured" if measured else "class-text"
+        self.template, self.measured = template or CLASS_TEXT, measured
+        self.prompt: Prompt | None = Prompt("template", None, self.template)
+
+    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+        """A caption for each that has a class."""
+        return [self._caption(subject) for subject in subjects]
+
+    def _caption(self, subject: Subject) -> Written | CaptionFailed:
+        if subject.class_name is None:
+            return CaptionFailed("has no class")
+        text = self.template.replace("{}", subject.class_name.rpartition("/")[2])
+        return Written(describe(text, measure(subject.image)) if self.measured else text)
+
+
+class Sidecar:
+    """The text that stands beside an image already: NAME.txt, a manifest's or shard's caption."""
+
+    backend = "sidecar"
+    model: str | None = None
+    prompt: Prompt | None = None
+    concurrency = 0
+
+    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+        """The caption of each that has one."""
+        return [CaptionFailed("has no text beside it") if each.caption is None else Written(each.caption) for each in subjects]

@@ -1,0 +1,66 @@
+"""Language models that write captions without an image: a local one, or one behind an endpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from texttok_cli.assets import is_offline
+from texttok_cli.captioners.client import ChatClient
+from texttok_cli.captioners.vlm import loading
+from texttok_cli.errors import BackendError
+
+
+class LanguageModel(Protocol):
+    """A text to another text."""
+
+    backend: str
+    model: str
+
+    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+        """The model's answer; another seed may give another one."""
+
+
+class RemoteLanguageModel:
+    """A model behind an endpoint; it draws its random numbers itself, so the seed plays no part."""
+
+    backend = "endpoint"
+
+    def __init__(self, client: ChatClient) -> None:
+        self.client, self.model = client, client.model
+
+    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+        """The answer. CaptionFailed or BackendError as `ChatClient.complete` raises them."""
+        return self.client.complete(text, max_tokens=max_tokens).text
+
+
+class LocalLanguageModel:
+    """A causal language model through transformers; a chat template is used where there is one."""
+
+    backend = "language-model"
+
+    def __init__(self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False) -> None:
+        """`name` is a folder or a repository of the hub. BackendError if it can't be loaded."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        local = {"local_files_only": is_offline(offline), "trust_remote_code": False}
+        with loading(f"--model {name}: not a language model that can be loaded"):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **local)
+            network, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, weights_only=True, output_loading_info=True, **local)
+        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole model?")
+        self.network: Any = network.to(device).eval()
+        self.model = Path(name).name if Path(name).exists() else name
+
+    @torch.no_grad()
+    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+        """The answer, drawn from the model's distribution."""
+        if self.tokenizer.chat_template is not None:
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=self.tokenizer.chat_template is None).to(self.network.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ids = self.network.generate(**inputs, do_sample=True, max_new_tokens=max_tokens)
+        return str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,136 @@
+"""Any image-text-to-text or image-to-text model through transformers' Auto classes: Qwen-VL, SmolVLM, LLaVA, Florence-2, BLIP, GIT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from texttok_cli.assets import is_offline
+from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.errors import BackendError
+
+# Models without a chat template that are told what to do by a token.
+TASKS = {"florence2": "<MORE_DETAILED_CAPTION>"}
+
+
+class VisionLanguageModel:
+    """A local model. One with a chat template gets the prompt, one with a task token that, any other the image alone."""
+
+    backend = "vlm"
+    concurrency = 0
+
+    def __init__(
+        self,
+        name: str,
+        prompt: Prompt,
+        *,
+        max_tokens: int,
+        device: torch.device | str = "cpu",
+        device_map: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        offline: bool = False,
+    ) -> None:
+        """`name` is a folder or a repository of the hub; with `device_map` (auto, ...) accelerate spreads the weights over devices."""
+        from transformers import AutoModelForImageTextToText
+
+        placed = {} if device_map is None else {"device_map": device_map}
+        # The code of a hub repository is never run; without a word on it transformers would stop and ask.
+        local = {"local_files_only": is_offline(offline), "trust_remote_code": False}
+        with loading(f"--model {name}: not a captioning model that can be loaded"):
+            self.processor: Any = _Processor.load(name, local)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, weights_only=True, output_loading_info=True, **placed, **local
+            )
+        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole model?")
+        self.network: Any = model.eval().requires_grad_(False) if placed else model.eval().requires_grad_(False).to(device)
+        self.model: str | None = Path(name).name if Path(name).exists() else name
+        chats = getattr(self.processor.whole, "chat_template", None) is not None
+        task = TASKS.get(model.config.model_type)
+        self.prompt: Prompt | None = prompt if chats else None if task is None else Prompt("task", None, task)
+        self.max_tokens = max_tokens
+        self._text = _chat(self.processor.whole, prompt) if chats else task
+
+    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+        """A caption for each, written greedily and in one batch. BackendError if the device's memory is too small for it."""
+        try:
+            return self._write([subject.image for subject in subjects])
+        except torch.OutOfMemoryError:
+            raise BackendError(f"{self.model}: out of memory with {len(subjects)} images at once; take a smaller --batch-size") from None
+        except ValueError as err:  # how processors refuse an image, say a very narrow one: the others must not lose their captions
+            if len(subjects) == 1:
+                return [CaptionFailed(f"the model's processor refuses it: {' '.join(str(err).split())}")]
+            return [self([subject])[0] for subject in subjects]
+
+    @torch.no_grad()
+    def _write(self, images: Sequence[Image.Image]) -> list[Written | CaptionFailed]:
+        inputs = self.processor.inputs(images, self._text).to(self.network.device, self.network.dtype)
+        ids = self.network.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
+        asked = inputs.get("input_ids")
+        if asked is not None and torch.equal(ids[:, : asked.shape[1]], asked):  # a decoder alone repeats the prompt
+            ids = ids[:, asked.shape[1] :]
+        ends = _end_tokens(self.network)
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            Written(text.strip(), complete=len(row) < self.max_tokens or not ends.isdisjoint(row[1:]))
+            for text, row in zip(texts, ids.tolist(), strict=True)
+        ]
+
+
+class _Processor:
+    """What turns images and text into a model's inputs; an encoder-decoder of two parts has one for each of them."""
+
+    def __init__(self, whole: Any, tokenizer: Any) -> None:
+        self.whole, self.tokenizer = whole, tokenizer
+
+    @classmethod
+    def load(cls, name: str, local: Mapping[str, bool]) -> _Processor:
+        from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+        if AutoConfig.from_pretrained(name, **local).model_type == "vision-encoder-decoder":
+            return cls(AutoImageProcessor.from_pretrained(name, **local), AutoTokenizer.from_pretrained(name, **local))
+        whole = AutoProcessor.from_pretrained(name, **local)
+        whole.tokenizer.padding_side = "left"  # what is written follows the prompt
+        if whole.tokenizer.pad_token is None:
+            whole.tokenizer.pad_token = whole.tokenizer.eos_token
+        return cls(whole, whole.tokenizer)
+
+    def inputs(self, images: Sequence[Image.Image], text: str | None) -> Any:
+        if text is None:
+            return self.whole(images=list(images), return_tensors="pt")
+        start = self.tokenizer.bos_token
+        # A chat template writes the start token out: the tokenizer must not put a second one before it.
+        once = {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
+        return self.whole(images=[[image] for image in images], text=[text] * len(images), padding=True, return_tensors="pt", **once)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A foreign model is loaded without transformers' own progress bar, and whatever fails is one BackendError about `what`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError, UnpicklingError) as err:
+        raise BackendError(f"{what}: {' '.join(str(err).split())[:200]}") from err
+
+
+def _chat(processor: Any, prompt: Prompt) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return text
+
+
+def _end_tokens(network: Any) -> set[int]:
+    config = network.generation_config
+    ends = config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), config.pad_token_id} - {None}

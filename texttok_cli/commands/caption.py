@@ -1,0 +1,181 @@
+"""`texttok caption`: captions of images, and unseen captions of classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from texttok_cli.commands.caption_backends import CaptionerName, Settings, WriterName
+from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption
+from texttok_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from texttok_cli.data import Dataset, Item
+
+OUT, UNSEEN_OUT = Path("captions.jsonl"), Path("unseen.captions.jsonl")
+
+
+def caption(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), - for a list on stdin."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="OUT", help="captions.jsonl unless said, of unseen ones unseen.captions.jsonl; grows as captions come."
+        ),
+    ] = None,
+    captioner: Annotated[
+        CaptionerName,
+        typer.Option(
+            help="classifier: ImageNet labels, colours, light. class-text, class-measured: the class; with colours, light. sidecar."
+        ),
+    ] = "classifier",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Of vlm and lm a hub name or folder, of endpoint and coca a model's name.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of coca: a file, or a tag of open_clip's.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1; its key stands in TEXTTOK_API_KEY.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint at a time.")] = 8,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of the endpoint.")] = 60,
+    retries: Annotated[int, typer.Option(min=0, help="Times a request to the endpoint is repeated.")] = 5,
+    template: Annotated[str | None, typer.Option(help="Of class-text and class-measured: text with {} for the class.")] = None,
+    max_words: Annotated[int, typer.Option(min=1, help="Longest caption (the paper: 75, and 25).")] = 75,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of vlm, endpoint and lm: most tokens of a caption, with what a model thinks first; 4 a word.")
+    ] = None,
+    device_map: Annotated[str | None, typer.Option(help="Of vlm: how accelerate spreads it over devices, as auto.")] = None,
+    unseen_per_class: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Not captions of the images, but K for each of their classes that none of them has."),
+    ] = None,
+    writer: Annotated[
+        WriterName, typer.Option(help="Of unseen captions: new combinations of measured attributes, or a language model, lm or endpoint.")
+    ] = "attributes",
+    captions: Annotated[Path | None, typer.Option(help="Of the training images, for unseen ones: a captions.jsonl.")] = None,
+    caption_field: Annotated[
+        str | None, typer.Option(help="Which key of a shard's .json is the text beside an image: measured, longest, ...")
+    ] = None,
+    avoid: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT", help="Unseen: evaluation images, or their captions.jsonl; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Unseen: of the draws.")] = 0,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print the prompt, its version and hash, and stop.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "fp32",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images a batch of a local captioner.")] = 16,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write captions of images, for `encode --captions` and `train ... data.captions=`.
+
+    OUT has a line for each image: id (of a shard the key), caption, class, backend, model, prompt hash, words. Run the same
+    command again after an interruption, or to try again what failed: images whose id stands in OUT are skipped.
+
+    With --unseen-per-class K the inputs are training images with captions and classes, and OUT is the list that `texttok
+    sample` draws from for a class model: captions that no training image has, and none of the images given with --avoid.
+    """
+    settings = Settings(
+        captioner=captioner,
+        writer=writer,
+        model=model,
+        weights=weights,
+        endpoint=endpoint,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        template=template,
+        max_words=max_words,
+        max_tokens=max_tokens,
+        device=device,
+        device_map=device_map,
+        precision=precision,
+        offline=offline,
+    )
+    if show_prompt:
+        _show_prompt(settings, unseen=unseen_per_class is not None)
+        return
+    from texttok_cli.data import open_dataset
+
+    if not inputs:
+        raise DataError("no images: name files, folders, manifests or shards")
+    settings.check(unseen=unseen_per_class is not None)
+    if unseen_per_class is not None:
+        from texttok_cli.commands.caption_unseen import evaluation_captions, write_unseen
+
+        training = open_dataset(inputs, captions=captions, caption_field=caption_field)
+        evaluation = [text for name in avoid or [] for text in evaluation_captions(name, caption_field)]
+        done = write_unseen(settings, training, evaluation, unseen_per_class, out or UNSEEN_OUT, seed=seed, quiet=quiet, json=json)
+    else:
+        _check_unused({"--writer": writer != "attributes", "--captions": captions, "--avoid": avoid})
+        dataset = open_dataset(inputs, caption_field=caption_field)
+        done = _caption_images(settings, dataset, out or OUT, batch_size=batch_size, quiet=quiet, json=json)
+    if not done:
+        raise typer.Exit(1)
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise DataError(f"{name} is for --unseen-per-class")
+
+
+def _show_prompt(settings: Settings, *, unseen: bool) -> None:
+    from texttok_cli.captioners.prompts import load_prompt
+    from texttok_cli.console import emit
+
+    prompt = load_prompt("unseen" if unseen else "caption", max_words=settings.max_words)
+    emit({"name": prompt.name, "version": prompt.version, "sha256": prompt.sha256, "text": prompt.text}, as_json=False)
+
+
+def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_size: int, quiet: bool, json: bool) -> bool:
+    """Whether every image has a caption."""
+    from texttok_cli.captioners.base import CaptionFailed, limit_words
+    from texttok_cli.captioners.run import caption_dataset
+    from texttok_cli.captioners.store import CaptionLines
+    from texttok_cli.console import emit, progress, say
+
+    captioner = settings.load_captioner()
+    failed = [(entry.id, entry.reason) for entry in dataset.skipped]
+    cut = written = 0
+    with CaptionLines(out, settings.provenance_of(captioner)) as lines, progress(quiet=quiet) as bar:
+        there = {row.get("id") for row in lines.rows}
+        todo = [index for index, item in enumerate(dataset.items) if item.id not in there]
+        task = bar.add_task("captioning", total=len(dataset), completed=len(dataset) - len(todo), note="")
+        for outcomes in caption_dataset(captioner, dataset, todo, batch_size=batch_size):
+            rows = []
+            for index, outcome in outcomes:
+                item = dataset.items[index]
+                if isinstance(outcome, CaptionFailed):
+                    failed.append((item.id, str(outcome)))
+                    continue
+                text, was_cut = limit_words(outcome, settings.max_words)
+                cut += was_cut
+                rows.append(_row(item, text, was_cut))
+            lines.add(rows)
+            written += len(rows)
+            bar.advance(task, len(outcomes))
+    for image_id, reason in failed:
+        say(f"failed {image_id}: {reason}")
+    if cut and not quiet:
+        say(f"longer than {settings.max_words} words or than the model could write, so the end was cut off: {cut:,} captions")
+    summary: dict[str, Any] = {"out": str(out), "captioner": captioner.backend, "model": captioner.model or "none", "captions": written}
+    more = {"already_there": len(dataset) - len(todo), "cut": cut, "failed": len(failed)}
+    emit(summary | {name: value for name, value in more.items() if value}, as_json=json)
+    return not failed
+
+
+def _row(item: Item, text: str, was_cut: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": item.id, "caption": text, "words": len(text.split())}
+    if was_cut:
+        row["cut"] = True
+    return row if item.class_name is None else {**row, "class": item.class_name}

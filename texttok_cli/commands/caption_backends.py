@@ -1,0 +1,146 @@
+"""From the options of `texttok caption` to a captioner or a writer of unseen captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from texttok_cli.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from texttok_cli.captioners.base import Captioner
+    from texttok_cli.captioners.client import ChatClient
+    from texttok_cli.captioners.unseen import CaptionBank, Writer
+
+CaptionerName = Literal["classifier", "class-text", "class-measured", "sidecar", "vlm", "coca", "endpoint"]
+WriterName = Literal["attributes", "lm", "endpoint"]
+TOKENS_PER_WORD = 4  # generous in any language: whole captions are wanted, the limit of words is kept afterwards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a person asked for."""
+
+    captioner: CaptionerName
+    writer: WriterName
+    model: str | None
+    weights: str | None
+    endpoint: str | None
+    concurrency: int
+    timeout: float
+    retries: int
+    template: str | None
+    max_words: int
+    max_tokens: int | None
+    device: str
+    device_map: str | None
+    precision: str
+    offline: bool
+
+    def check(self, *, unseen: bool) -> None:
+        """DataError for an option that the chosen backend has no use for, and for one that it lacks."""
+        chosen = self.writer if unseen else self.captioner
+        option = "--writer" if unseen else "--captioner"
+        for name, value, users in (
+            ("--model", self.model, ("vlm", "coca", "endpoint", "lm")),
+            ("--endpoint", self.endpoint, ("endpoint",)),
+            ("--weights", self.weights, ("coca",)),
+            ("--template", self.template, ("class-text", "class-measured")),
+            ("--max-tokens", self.max_tokens, ("vlm", "endpoint", "lm")),
+            ("--device-map", self.device_map, ("vlm",)),
+        ):
+            if value is not None and chosen not in users:
+                raise DataError(f"{name} is not for {option} {chosen}, but for {' and '.join(users)}")
+        if self.model is None and chosen in ("vlm", "endpoint", "lm"):
+            raise DataError(f"{option} {chosen} needs --model")
+        if self.endpoint is None and chosen == "endpoint":
+            raise DataError(f"{option} endpoint needs --endpoint URL")
+        if self.endpoint is not None and self.offline:
+            raise DataError("--endpoint and --offline exclude each other")
+        if self.template is not None and "{}" not in self.template:
+            raise DataError(f"--template {self.template!r}: has no {{}} for the class")
+
+    def load_captioner(self) -> Captioner:
+        """The captioner. BackendError if it is not to be had."""
+        if self.captioner == "sidecar":
+            from texttok_cli.captioners.known import Sidecar
+
+            return Sidecar()
+        if self.captioner in ("class-text", "class-measured"):
+            from texttok_cli.captioners.known import ClassText
+
+            return ClassText(self.template, measured=self.captioner == "class-measured")
+        if self.captioner == "classifier":
+            from texttok_cli.captioners.classifier import Classifier
+
+            return Classifier(device=self._device(), offline=self.offline)
+        if self.captioner == "coca":
+            from texttok_cli.captioners.coca import DEFAULT_NAME, DEFAULT_WEIGHTS, CoCa
+
+            return CoCa(self.model or DEFAULT_NAME, self.weights or DEFAULT_WEIGHTS, device=self._device(), offline=self.offline)
+        return self._load_prompted()
+
+    def _load_prompted(self) -> Captioner:
+        from texttok_cli.captioners.endpoint import Endpoint
+        from texttok_cli.captioners.prompts import load_prompt
+
+        prompt = load_prompt("caption", max_words=self.max_words)
+        if self.captioner == "endpoint":
+            return Endpoint(self._client(), prompt, max_tokens=self._tokens(), concurrency=self.concurrency)
+        from texttok_cli.captioners.vlm import VisionLanguageModel
+
+        return VisionLanguageModel(
+            str(self.model),
+            prompt,
+            max_tokens=self._tokens(),
+            device=self._device(),
+            device_map=self.device_map,
+            dtype=self._dtype(),
+            offline=self.offline,
+        )
+
+    def load_writer(self, bank: CaptionBank, seed: int) -> Writer:
+        """The writer of unseen captions. BackendError if it is not to be had, DataError if the bank's captions don't suit it."""
+        from texttok_cli.captioners.unseen import AttributeWriter, LanguageWriter
+
+        if self.writer == "attributes":
+            return AttributeWriter(bank, seed=seed, max_words=self.max_words)
+        from texttok_cli.captioners.language import LanguageModel, LocalLanguageModel, RemoteLanguageModel
+        from texttok_cli.captioners.prompts import load_prompt
+
+        language_model: LanguageModel
+        if self.writer == "endpoint":
+            language_model = RemoteLanguageModel(self._client())
+        else:
+            language_model = LocalLanguageModel(str(self.model), device=self._device(), dtype=self._dtype(), offline=self.offline)
+        prompt = load_prompt("unseen", max_words=self.max_words)
+        return LanguageWriter(bank, language_model, prompt, seed=seed, max_words=self.max_words, max_tokens=self._tokens())
+
+    def provenance_of(self, author: Captioner | Writer) -> dict[str, Any]:
+        """What is said of every caption in a file: backend, model, prompt hash, limit of words."""
+        return {
+            "backend": author.backend,
+            "model": author.model,
+            "prompt_sha256": None if author.prompt is None else author.prompt.sha256,
+            "max_words": self.max_words,
+        }
+
+    def _tokens(self) -> int:
+        return self.max_tokens or TOKENS_PER_WORD * self.max_words
+
+    def _client(self) -> ChatClient:
+        from texttok_cli.captioners.client import ChatClient
+
+        return ChatClient(str(self.endpoint), str(self.model), timeout=self.timeout, retries=self.retries)
+
+    def _device(self) -> torch.device:
+        from texttok_cli.inference import pick_device
+
+        return pick_device(self.device)
+
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
