@@ -26,7 +26,7 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 REFUSED = {401: "the key was not accepted", 403: "access was denied", 404: "no such address or model"}
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds; doubled from try to try
 LONGEST_WAIT = 300.0  # seconds that an endpoint may ask us to wait before the run gives up
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:([\d.]+)s)?(?:([\d.]+)ms)?")  # as in 6m0s and 120ms
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d*)?)s)?(?:(\d+(?:\.\d*)?)ms)?")  # as in 6m0s and 120ms
 
 
 class _TryAgain(Exception):
@@ -68,6 +68,8 @@ class ChatClient:
         return BackendError(f"{self.url}: {reason}") if err.unreachable else CaptionFailed(reason)
 
     def _wait(self) -> None:
+        if (left := self._not_before - time.monotonic()) > LONGEST_WAIT:
+            raise BackendError(f"{self.url}: asks to wait for {left:,.0f} s: run the same command again then, it goes on where it stopped")
         while (left := self._not_before - time.monotonic()) > 0:
             time.sleep(left)
 
@@ -79,8 +81,9 @@ class ChatClient:
         deadline = time.monotonic() + self.timeout
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
+                answer = _read(response, deadline)
                 self._hold_back(_seconds_until_reset(response.headers))
-                return _read(response, deadline)
+                return answer
         except urllib.error.HTTPError as err:
             with err:
                 raise self._refused(err, _head_of(err, deadline)) from None
@@ -97,10 +100,10 @@ class ChatClient:
 
     def _refused(self, err: urllib.error.HTTPError, body: str) -> Exception:
         """What an HTTP status means: for all images, for this one, or for now."""
+        if self._key:  # before it is cut: half a key is none to look for
+            body = body.replace(self._key, "***")
         said = " ".join(body.split())[:200]
         what = f"HTTP {err.code}" + (f": {said}" if said else "")
-        if self._key:
-            what = what.replace(self._key, "***")
         if err.code in REFUSED or 300 <= err.code < 400:
             why = REFUSED.get(err.code, "it answers with a redirection; give the address it leads to")
             return BackendError(f"{self.url}: {why} ({what}); the key is read from {KEY_VARIABLE}")
@@ -111,13 +114,9 @@ class ChatClient:
         return _TryAgain(what, wait=asked)
 
     def _hold_back(self, seconds: float | None) -> None:
-        """Nobody sends anything for so long. BackendError if that is longer than a run should sleep."""
+        """Nobody sends anything for so long. BackendError, from the next to send, if that is longer than a run should sleep."""
         if seconds is None:
             return
-        if seconds > LONGEST_WAIT:
-            raise BackendError(
-                f"{self.url}: asks to wait for {seconds:,.0f} s: run the same command again then, it goes on where it stopped"
-            )
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + seconds)
 

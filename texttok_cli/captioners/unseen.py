@@ -103,6 +103,7 @@ class LanguageWriter:
         self.model: str | None = language_model.model
         self.prompt: Prompt | None = prompt
         self._fill = prompt.fill
+        self.failure: str | None = None  # why the last round that failed did
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
         """Asks up to ROUNDS times. A round that fails counts as one."""
@@ -124,7 +125,8 @@ class LanguageWriter:
         text = self._fill(number=number, class_name=class_name.rpartition("/")[2], examples=shown)
         try:
             answer = self.language_model.write(text, max_tokens=self.max_tokens * number, seed=rng.getrandbits(31))
-        except CaptionFailed:
+        except CaptionFailed as err:
+            self.failure = str(err)
             return []
         lines = (NUMBERING.sub("", line, count=1).strip().strip('"') for line in answer.splitlines())
         return [limit_words(Written(line), self.max_words)[0] for line in lines if line]

@@ -102,7 +102,7 @@ def caption(
         offline=offline,
     )
     if show_prompt:
-        _show_prompt(settings, unseen=unseen_per_class is not None)
+        _show_prompt(settings, unseen=unseen_per_class is not None, json=json)
         return
     from texttok_cli.data import open_dataset
 
@@ -129,12 +129,12 @@ def _check_unused(options: Mapping[str, object]) -> None:
             raise DataError(f"{name} is for --unseen-per-class")
 
 
-def _show_prompt(settings: Settings, *, unseen: bool) -> None:
+def _show_prompt(settings: Settings, *, unseen: bool, json: bool) -> None:
     from texttok_cli.captioners.prompts import load_prompt
     from texttok_cli.console import emit
 
     prompt = load_prompt("unseen" if unseen else "caption", max_words=settings.max_words)
-    emit({"name": prompt.name, "version": prompt.version, "sha256": prompt.sha256, "text": prompt.text}, as_json=False)
+    emit({"name": prompt.name, "version": prompt.version, "sha256": prompt.sha256, "text": prompt.text}, as_json=json)
 
 
 def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_size: int, quiet: bool, json: bool) -> bool:

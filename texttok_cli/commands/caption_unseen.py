@@ -40,7 +40,7 @@ def write_unseen(
         _check_leaks(lines, bank)
         now = _captions_of(lines)
     short = {name: len(now.get(name, ())) for name in by_class if len(now.get(name, ())) < number}
-    _say_short(short, number, len(by_class))
+    _say_short(short, number, len(by_class), getattr(author, "failure", None))
     summary = {
         "out": str(out),
         "writer": author.backend,
@@ -58,10 +58,10 @@ def write_unseen(
 def evaluation_captions(name: str, caption_field: str | None) -> list[str]:
     """Captions of evaluation images: of a captions.jsonl or manifest, or of what else holds images."""
     from texttok_cli.data import open_dataset
-    from texttok_cli.data.listings import read_captions
+    from texttok_cli.data.listings import caption_lines
 
     if name.endswith(".jsonl"):
-        return list(read_captions(Path(name)).values())
+        return [text for _, text in caption_lines(Path(name))]  # an image may have several
     found = [item.caption for item in open_dataset([name], caption_field=caption_field).items if item.caption is not None]
     if not found:
         raise DataError(f"--avoid {name}: its images have no captions")
@@ -93,10 +93,13 @@ def _check_leaks(lines: CaptionLines, bank: CaptionBank) -> None:
             raise DataError(f"{lines.path}: {row['class']}: {text!r} is a caption of these training or evaluation images; remove the file")
 
 
-def _say_short(short: Mapping[str, int], number: int, classes: int) -> None:
+def _say_short(short: Mapping[str, int], number: int, classes: int, failure: str | None) -> None:
     from texttok_cli.console import say
 
     if short:
         listed = ", ".join(f"{name} ({count})" for name, count in list(short.items())[:MOST_LISTED])
         more = ", ..." if len(short) > MOST_LISTED else ""
-        say(f"fewer than {number} unseen captions: {len(short):,} of {classes:,} classes: {listed}{more}")
+        say(
+            f"fewer than {number} unseen captions: {len(short):,} of {classes:,} classes: {listed}{more}"
+            + (f"; the last failure: {failure}" if failure else "")
+        )

@@ -92,7 +92,7 @@ def with_captions(items: list[Item], path: Path) -> list[Item]:
 
 def read_captions(path: Path) -> dict[str, str]:
     """A captions.jsonl: captions by id. DataError for a file that is not there or a line that can't be read."""
-    return dict(_caption_lines(path))
+    return dict(caption_lines(path))
 
 
 def _is_utf8(name: str) -> bool:
@@ -108,7 +108,8 @@ def json_or_none(text: str) -> Any:
         return None
 
 
-def _caption_lines(path: Path) -> Iterator[tuple[str, str]]:
+def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """A captions.jsonl: (id, caption) line by line. DataError for a file that is not there or a line that can't be read."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     for number, row in _rows(path):
