@@ -41,7 +41,7 @@ from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.tokenizer import TexTok
 
-Part = Literal["text", "encode", "decode", "generate", "load", "train", "eval"]
+Part = Literal["text", "encode", "decode", "generate", "load", "train", "eval", "caption"]
 KINDS: tuple[Kind, ...] = ("TexTok", "Baseline")
 
 
@@ -201,6 +201,23 @@ def _eval(task: Task) -> Iterator[Row]:
     )
 
 
+def _caption(task: Task) -> Iterator[Row]:
+    from texttok_cli.captioners.base import Subject
+    from texttok_cli.captioners.classifier import Classifier
+
+    row = Row(
+        part="caption", system="classifier", image_size=SAMPLE_SIDE, note="EfficientNet-Lite0 in fp32 and words measured from the pixels"
+    )
+    try:
+        captioner = Classifier(device=task.where.device, offline=True)
+    except BackendError as err:
+        yield skipped(row, str(err))
+        return
+    for batch in task.batches:
+        subjects = [Subject(Image.effect_noise((SAMPLE_SIDE, SAMPLE_SIDE), 64).convert("RGB"))] * batch
+        yield task.timed(row.model_copy(update={"batch": batch}), lambda subjects=subjects: captioner(subjects))  # type: ignore[misc]
+
+
 def skipped(row: Row, reason: str) -> Row:
     """The row without a time, and why."""
     return row.model_copy(update={"skipped": reason})
@@ -214,6 +231,7 @@ PARTS: dict[Part, Callable[[Task], Iterator[Row]]] = {
     "load": _load,
     "train": training_rows,
     "eval": _eval,
+    "caption": _caption,
 }
 
 

@@ -65,8 +65,11 @@ class Attributes(NamedTuple):
 
 
 def measure(image: Image.Image) -> Attributes:
-    """The attributes of an RGB image, of any size."""
-    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+    """The attributes of an RGB image of any size, in the centred square that a tokenizer sees of it."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = (left, top, left + side, top + side)
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box=square), np.float32)
     luma = pixels @ LUMA
     ring = np.ones((SIDE, SIDE), bool)
     ring[EDGE:-EDGE, EDGE:-EDGE] = False

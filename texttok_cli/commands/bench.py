@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from texttok_cli.bench.task import Task
 
 bench = typer.Typer(help="Measure speed, speed against quality, and make reports of it.", no_args_is_help=True)
-PART_NAMES = ("text", "encode", "decode", "generate", "load", "train", "eval")
+PART_NAMES = ("text", "encode", "decode", "generate", "load", "train", "eval", "caption")
 SIZES = (256, 512)
 
 
