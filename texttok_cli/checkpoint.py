@@ -129,6 +129,7 @@ def read_tokenizer_info(path: Path) -> ModelInfo:
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
     """The generator in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole generator file."""
     meta, infos = read_header(path, error=CheckpointError)
+    _check_task(path, meta, "generator")
     header = parse_header(meta, GeneratorHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
     captions = infos.get(CAPTIONS)
     if captions is None or captions.dtype != "I64" or len(captions.shape) != 1:
@@ -142,7 +143,15 @@ def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tu
 
 def _tokenizer_header(path: Path) -> tuple[ModelHeader, dict[str, TensorInfo]]:
     meta, infos = read_header(path, error=CheckpointError)
+    _check_task(path, meta, "tokenizer")
     return parse_header(meta, ModelHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError), infos
+
+
+def _check_task(path: Path, meta: Mapping[str, Any], wanted: str) -> None:
+    """CheckpointError if the file is a whole model of the other kind."""
+    found = meta.get("task")
+    if found in ("tokenizer", "generator") and found != wanted:
+        raise CheckpointError(f"{path}: is a {found} where a {wanted} is wanted (header.task: Input should be '{wanted}')")
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -126,6 +126,19 @@ def load_safetensors(path: Path, *, error: type[TextTokError]) -> tuple[dict[str
         raise error(f"{path}: not a safetensors file: {' '.join(str(err).split())}") from None
 
 
+def read_json_object(path: Path, *, kind: str, error: type[TextTokError]) -> dict[str, Any]:
+    """A file's JSON object. `error`, one line that says what `kind` of file was wanted, for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    except OSError as err:
+        raise error(f"{path}: {err.strerror}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: not a {kind} (no JSON object)")
+    return value
+
+
 def parse_header(
     header: Mapping[str, Any], schema: type[Schema], *, key: str, version: int, path: Path, error: type[TextTokError]
 ) -> Schema:

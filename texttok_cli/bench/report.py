@@ -10,10 +10,10 @@ from pathlib import Path
 from texttok_cli.bench import html, paper
 from texttok_cli.bench.machine import Machine
 from texttok_cli.bench.plots import plot_rfid, plot_tradeoff
-from texttok_cli.bench.results import KEY, LatencyResult, Row, Target, TradeoffResult, parse_result, read_json_object
+from texttok_cli.bench.results import KEY, LatencyResult, Row, Target, TradeoffResult, parse_result
 from texttok_cli.bench.tradeoff import summarize, text_gain
 from texttok_cli.errors import DataError
-from texttok_cli.files import atomic_path
+from texttok_cli.files import atomic_path, read_json_object
 from texttok_cli.metrics.report import Report, load_report
 
 Cell = str
@@ -48,7 +48,7 @@ def find_results(inputs: Sequence[Path]) -> Found:
     """Of files, and of all .json within folders. DataError for a result that is damaged, and for a path that is not there."""
     found = Found()
     for path in sorted({file for given in inputs for file in _files(given)}):
-        value = read_json_object(path)
+        value = read_json_object(path, kind="result", error=DataError)
         if KEY in value:
             result = parse_result(path, value)
             kind: dict[str, LatencyResult] | dict[str, TradeoffResult] = found.latency if result.kind == "latency" else found.tradeoff

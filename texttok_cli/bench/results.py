@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,19 +99,6 @@ _RESULT: TypeAdapter[LatencyResult | TradeoffResult] = TypeAdapter(Result)
 def save_result(path: Path, result: LatencyResult | TradeoffResult) -> None:
     """Write it as JSON, atomically."""
     write_json(path, result.model_dump(mode="json"))
-
-
-def read_json_object(path: Path) -> Mapping[str, object]:
-    """A file's JSON object. DataError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    except OSError as err:
-        raise DataError(f"{path}: {err.strerror}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: no JSON object")
-    return value
 
 
 def parse_result(path: Path, value: Mapping[str, object]) -> LatencyResult | TradeoffResult:

@@ -16,11 +16,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
 from texttok_cli.bench.curves import Comparison, Point, best, gain_at_equal_time, mean_gain, speedup_at_equal_fid
-from texttok_cli.bench.results import PointResult, TradeoffResult, read_json_object
+from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import DataError, RecipeError
-from texttok_cli.files import write_json
+from texttok_cli.files import read_json_object, write_json
 
 
 def _listed(value: Any) -> Any:
@@ -150,7 +150,7 @@ class PointStore:
         if not path.exists():
             return None
         try:
-            return PointResult.model_validate(read_json_object(path))
+            return PointResult.model_validate(read_json_object(path, kind="result", error=DataError))
         except ValidationError:
             raise DataError(f"{path}: not a point of a sweep; remove it to measure it again") from None
 

@@ -41,6 +41,7 @@ class Writer(Protocol):
     backend: str
     model: str | None
     prompt: Prompt | None
+    failure: str | None  # why the last attempt that failed did
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
         """Up to `number` captions of the class that are neither in the bank nor among `there`, nor twice in the list."""
@@ -63,6 +64,7 @@ class AttributeWriter:
 
     backend = "attributes"
     model: str | None = None
+    failure: str | None = None
     prompt: Prompt | None = None
 
     def __init__(self, bank: CaptionBank, *, seed: int, max_words: int) -> None:
@@ -103,7 +105,7 @@ class LanguageWriter:
         self.model: str | None = language_model.model
         self.prompt: Prompt | None = prompt
         self._fill = prompt.fill
-        self.failure: str | None = None  # why the last round that failed did
+        self.failure: str | None = None
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
         """Asks up to ROUNDS times. A round that fails counts as one."""

@@ -40,7 +40,7 @@ def write_unseen(
         _check_leaks(lines, bank)
         now = _captions_of(lines)
     short = {name: len(now.get(name, ())) for name in by_class if len(now.get(name, ())) < number}
-    _say_short(short, number, len(by_class), getattr(author, "failure", None))
+    _say_short(short, number, len(by_class), author.failure)
     summary = {
         "out": str(out),
         "writer": author.backend,

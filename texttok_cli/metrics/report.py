@@ -17,7 +17,7 @@ from pydantic import Field
 from texttok_cli import __version__
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import DataError
-from texttok_cli.files import parse_header, write_json
+from texttok_cli.files import parse_header, read_json_object, write_json
 
 FORMAT = 1
 PACKAGES = ("torch", "numpy", "pillow")
@@ -126,14 +126,7 @@ def save_report(path: Path, report: Report) -> None:
 
 def load_report(path: Path) -> Report:
     """A report, checked. DataError names what is wrong."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    except OSError as err:
-        raise DataError(f"{path}: {err.strerror}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a report (no JSON object)")
+    value = read_json_object(path, kind="report", error=DataError)
     return parse_header(value, Report, key="texttok_report", version=FORMAT, path=path, error=DataError)
 
 
