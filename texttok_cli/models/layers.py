@@ -127,15 +127,15 @@ def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     reaches less than half of a matmul's rate. Scores are rounded to bf16, as in training; the softmax itself adds up in fp32."""
     batch, heads, length, _ = q.shape
     group = max(1, CACHED_SCORES // (length * k.shape[2]))
-    parts = [t.flatten(0, 1).split(group) for t in (q * q.shape[-1] ** -0.5, k, v)]
-    masks = [None] * len(parts[0]) if mask is None else (~mask).expand(-1, heads, -1, -1).flatten(0, 1).split(group)
+    parts = [torch.split(t.flatten(0, 1), group) for t in (q * q.shape[-1] ** -0.5, k, v)]
+    masks = [None] * len(parts[0]) if mask is None else torch.split((~mask).expand(-1, heads, -1, -1).flatten(0, 1), group)
     outputs = []
     for q_part, k_part, v_part, dropped in zip(*parts, masks, strict=True):
         scores = q_part @ k_part.transpose(-2, -1)
         if dropped is not None:
             scores = scores.masked_fill(dropped, float("-inf"))
         outputs.append(scores.softmax(dim=-1) @ v_part)
-    return torch.cat(outputs).unflatten(0, (batch, heads))
+    return torch.cat(outputs).view(batch, heads, length, -1)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
