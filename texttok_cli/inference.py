@@ -5,6 +5,7 @@ Letters: B batch, N latent tokens, d latent channels, S image size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from texttok_cli.text import EmbeddingCache, load_text_encoder
 from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
 
 CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
+WORDNET_ID = re.compile(r"n\d{8}")  # ImageNet's folders
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "texttok-32-128"
 NO_CAPTION_HELP = (
@@ -194,6 +196,8 @@ def texts_for(items: Sequence[Item], cond: TextCondition) -> list[str]:
 
 def _text_of(item: Item, cond: TextCondition) -> str:
     if cond.source == "class_text" and item.class_name is not None:
+        if WORDNET_ID.fullmatch(item.class_name):
+            raise DataError(f"{item.id}: its class {item.class_name} is a WordNet id, no text; name the classes in a manifest's `class`")
         return CLASS_TEXT.format(item.class_name.rpartition("/")[2])
     if item.caption is None:
         raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")

@@ -41,7 +41,10 @@ def test_words_are_limited_at_a_sentence_or_a_word(text: str, most: int, expecte
 
 def test_what_the_model_did_not_finish_loses_its_half_sentence() -> None:
     assert limit_words(Written("A dog runs. It has a", complete=False), 75) == ("A dog runs.", True)
-    assert limit_words(Written("A dog runs on the", complete=False), 75) == ("A dog runs on the", True)
+    assert limit_words(Written("A dog runs on the gra", complete=False), 75) == ("A dog runs on the", True)
+    assert limit_words(Written("A dog runs.", complete=False), 75) == ("A dog runs.", True)
+    assert limit_words(Written("A dog runs on the", complete=False), 3) == ("A dog runs", True)
+    assert limit_words(Written("Dogs", complete=False), 75) == ("Dogs", True)
 
 
 def test_articles() -> None:
@@ -154,6 +157,11 @@ def test_captions_of_other_settings_or_no_captions_are_left_alone(tmp_path: Path
     with pytest.raises(DataError, match=r"captions.jsonl:1: not a JSON line"):
         CaptionLines(path, MADE_BY)
     assert path.read_text() == "not JSON\nmore\n"
+    for whole in ('{"id": 1}\nmore\n{"id"', "a note without a last newline"):  # not what a kill in the midst of writing leaves
+        path.write_text(whole)
+        with pytest.raises(DataError, match="not a JSON line"):
+            CaptionLines(path, {})
+        assert path.read_text() == whole
 
 
 # ------------------------------------------------------------------ the pass

@@ -1,7 +1,5 @@
-"""Local captioners on tiny random models of real classes, and the ImageNet classifier with its real weights."""
+"""A tiny random language model, and the ImageNet classifier with its real weights."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,167 +10,27 @@ from PIL import Image
 
 from texttok_cli import assets
 from texttok_cli.assets import ASSETS
-from texttok_cli.captioners.base import Subject, Written
-from texttok_cli.captioners.coca import END, START, CoCa
+from texttok_cli.captioners.base import Subject
 from texttok_cli.captioners.efficientnet import EfficientNetLite0
 from texttok_cli.captioners.language import LocalLanguageModel
-from texttok_cli.captioners.prompts import Prompt, load_prompt
-from texttok_cli.captioners.vlm import VisionLanguageModel
 from texttok_cli.errors import BackendError
-
-Picture = Callable[..., Image.Image]
-Run = Callable[..., Any]
-Draw = Callable[..., Path]
-PROMPT = Prompt("caption", 1, "w1 w2 w3")
-
-
-def subjects(picture: Picture) -> list[Subject]:
-    return [Subject(picture()), Subject(picture((200, 30, 30), (20, 50))), Subject(picture((20, 30, 200)))]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("vlm")
-    kinds = ("llava", "blip", "encoder_decoder", "florence2")
-    return {kind: getattr(tiny_models, kind)(folder / kind) for kind in kinds}
-
-
-# ------------------------------------------------------------------ transformers
-
-
-@pytest.mark.parametrize("kind", ["llava", "blip", "encoder_decoder", "florence2"])
-def test_a_batch_gives_what_single_images_give(kind: str, folders: dict[str, Path], picture: Picture) -> None:
-    captioner = VisionLanguageModel(str(folders[kind]), PROMPT, max_tokens=12, offline=True)
-    together = captioner(subjects(picture))
-    assert together == [captioner([subject])[0] for subject in subjects(picture)]
-    assert all(isinstance(written, Written) and written.text for written in together)
-    assert len(set(together)) > 1, "the image plays a part"
-    prompts = {"llava": PROMPT.text, "florence2": "<MORE_DETAILED_CAPTION>"}
-    assert captioner.model == kind and (captioner.prompt and captioner.prompt.text) == prompts.get(kind)
-
-
-def test_a_chat_model_is_asked_in_its_template_and_its_prompt_is_not_repeated(folders: dict[str, Path], picture: Picture) -> None:
-    captioner = VisionLanguageModel(str(folders["llava"]), PROMPT, max_tokens=12, offline=True)
-    prompts: list[torch.Tensor] = []
-    generate = captioner.network.generate
-    captioner.network.generate = lambda **inputs: prompts.append(inputs["input_ids"]) or generate(**inputs)
-    (written,) = captioner([Subject(picture())])
-    text = captioner.processor.tokenizer.decode(prompts[0][0])
-    assert text.split() == ["USER:", *["<image>"] * 4, "w1", "w2", "w3", "ASSISTANT:"]
-    assert isinstance(written, Written) and not written.text.startswith("w1 w2 w3")
-    other = VisionLanguageModel(str(folders["llava"]), Prompt("caption", 1, "w9 w8"), max_tokens=12, offline=True)
-    assert other([Subject(picture())]) != [written], "the prompt plays a part"
-
-
-def test_the_end_of_a_text_and_the_limit_of_tokens_are_told_apart(folders: dict[str, Path], picture: Picture) -> None:
-    captioner = VisionLanguageModel(str(folders["blip"]), PROMPT, max_tokens=8, offline=True)
-    captioner.network.generate = lambda **_: torch.tensor([[1, 8, 9, 2, 0, 0, 0, 0], [1, *range(8, 15)], [1, 8, 9, 10, 11, 12, 13, 2]])
-    assert [written.complete for written in captioner(subjects(picture))] == [True, False, True]
-
-
-def test_bf16_and_a_device_map(folders: dict[str, Path], picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoModelForImageTextToText
-
-    load, asked = AutoModelForImageTextToText.from_pretrained, []
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *args, **how: asked.append(how) or load(*args, **how))
-    captioner = VisionLanguageModel(str(folders["llava"]), PROMPT, max_tokens=12, dtype=torch.bfloat16, device_map="auto", offline=True)
-    assert asked[0]["dtype"] == torch.bfloat16 and asked[0]["device_map"] == "auto" and asked[0]["trust_remote_code"] is False
-    assert captioner.network.dtype == torch.bfloat16
-    assert all(isinstance(written, Written) and written.text for written in captioner(subjects(picture)))
-
-
-def test_models_that_are_not_there_or_no_captioners_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
-    for name in (str(tmp_path), "nobody/no-such-model", str(tiny_models.language_model(tmp_path / "lm"))):
-        with pytest.raises(BackendError, match=rf"--model {name}: not a captioning model") as err:
-            VisionLanguageModel(name, PROMPT, max_tokens=12, offline=True)
-        assert "\n" not in str(err.value)
 
 
 @pytest.mark.parametrize("chats", [True, False])
 def test_a_language_model_answers_by_its_seed(chats: bool, tmp_path: Path) -> None:
     model = LocalLanguageModel(str(tiny_models.language_model(tmp_path / "lm", chats=chats)), offline=True)
-    answers = [model.write("w1 w2", max_tokens=9, seed=seed) for seed in (0, 0, 1)]
+    answers = [model.write("w1 w2", max_tokens=9, seed=seed).text for seed in (0, 0, 1)]
     assert answers[0] == answers[1] != answers[2] and 0 < len(answers[0].split()) <= 9
     assert "USER:" not in answers[0]
     with pytest.raises(BackendError, match="not a language model"):
         LocalLanguageModel(str(tmp_path / "nothing"), offline=True)
 
 
-def test_the_command_with_a_local_model(folders: dict[str, Path], texttok: Run, draw: Draw, tmp_path: Path) -> None:
-    for i in range(3):
-        draw(tmp_path / "photos" / f"{i}.png", seed=i)
-    args = ("--captioner", "vlm", "--model", folders["llava"], "--max-words", 4, "-b", 2, "--precision", "bf16", "--device", "cpu")
-    run = texttok("caption", tmp_path / "photos", *args, "-o", tmp_path / "c.jsonl", "--offline", "--quiet")
-    assert run.code == 0 and run.err == ""
-    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == ["0.png", "1.png", "2.png"] and {row["model"] for row in rows} == {"llava"}
-    assert {row["prompt_sha256"] for row in rows} == {load_prompt("caption", max_words=4).sha256}
-    assert all(0 < row["words"] <= 4 for row in rows)
-
-
-# ------------------------------------------------------------------ CoCa
-
-TINY_COCA = {
-    "embed_dim": 32,
-    "multimodal_cfg": {"width": 32, "context_length": 12, "vocab_size": 49408, "mlp_ratio": 2, "layers": 1, "dim_head": 16, "heads": 2}
-    | {"n_queries": 4, "attn_pooler_heads": 2},
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True}
-    | {"attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_tokens": True},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "layers": 1, "heads": 2, "width": 32, "embed_cls": True}
-    | {"output_tokens": True},
-    "custom_text": True,
-}
-
-
-@pytest.fixture(scope="module")
-def coca(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("coca")
-    (folder / "coca_tiny.json").write_text(json.dumps(TINY_COCA))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    model = open_clip.create_model("coca_tiny")
-    torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves this one as the memory happens to be
-    torch.save(tiny_models._liven(model).state_dict(), folder / "tiny.pt")
-    return folder / "tiny.pt"
-
-
-def test_coca_writes_its_most_probable_tokens(coca: Path, picture: Picture) -> None:
-    captioner = CoCa("coca_tiny", str(coca), offline=True)
-    together = captioner(subjects(picture))
-    assert together == [captioner([subject])[0] for subject in subjects(picture)] and len(set(together)) > 1
-    assert captioner.model == "coca_tiny/tiny.pt"
-    pixels = torch.stack([captioner.prepare(subject.image) for subject in subjects(picture)])
-    ids = captioner._generate(pixels)
-    with torch.no_grad():  # the whole network on each text so far
-        for i in range(1, ids.shape[1]):
-            expected = captioner.network(pixels, ids[:, :i], output_labels=False)["logits"][:, -1].argmax(dim=-1)
-            ended = (ids[:, 1:i] == END).any(dim=1)
-            assert (ids[:, i] == expected.masked_fill(ended, END)).all()
-    assert (ids[:, 0] == START).all()
-
-
-def test_coca_reads_up_to_the_end_token(coca: Path) -> None:
-    import open_clip
-
-    captioner = CoCa("coca_tiny", str(coca), offline=True)
-    dog = open_clip.get_tokenizer("coca_tiny").encode("a dog")
-    assert captioner._read([START, *dog, END, *dog]) == Written("a dog", complete=True)
-    assert captioner._read([START, *dog]) == Written("a dog", complete=False)
-
-
-def test_coca_that_is_not_there(coca: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"no CoCa of open_clip's; it has .*coca_ViT-B-32"):
-        CoCa("ViT-B-32", str(coca))
-    with pytest.raises(BackendError, match="--offline: name a local file"):
-        CoCa(offline=True)
-    (tmp_path / "bad.pt").write_bytes(b"something else")
-    with pytest.raises(BackendError, match=r"bad.pt: not to be had as weights of coca_tiny"):
-        CoCa("coca_tiny", str(tmp_path / "bad.pt"), offline=True)
-
-
-# ------------------------------------------------------------------ the classifier
+def test_a_language_model_says_whether_it_came_to_an_end(tmp_path: Path) -> None:
+    model = LocalLanguageModel(str(tiny_models.language_model(tmp_path / "lm")), offline=True)
+    for answer, complete in ([20, 21, 22], False), ([20, 21, 2], True), ([20, 2], True):
+        model.network.generate = lambda input_ids, answer=answer, **_: torch.cat([input_ids, torch.tensor([answer])], dim=1)
+        assert model.write("w1 w2", max_tokens=3, seed=0).complete == complete
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,26 @@
 """Unseen captions: none that an image has, and drawn as often as the training captions have what they say."""
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
-from served import Served, fails, says
+from served import Handler, Served, fails, says
 
 from texttok_cli.captioners.attributes import Attributes, describe, parse
 from texttok_cli.captioners.base import CaptionFailed
 from texttok_cli.captioners.client import ChatClient
 from texttok_cli.captioners.language import LocalLanguageModel, RemoteLanguageModel
+from texttok_cli.captioners.pool import in_order
 from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.captioners.unseen import EXAMPLES, ROUNDS, AttributeWriter, CaptionBank, LanguageWriter, same, unseen_captions
-from texttok_cli.errors import DataError
+from texttok_cli.errors import BackendError, DataError
+
+Draw = Callable[..., Path]
 
 PROMPT = load_prompt("unseen", max_words=75)
 
@@ -111,7 +116,7 @@ def test_only_classes_that_want_some_are_written() -> None:
 @pytest.fixture
 def writer(endpoint: Served, fast: None) -> Callable[..., LanguageWriter]:
     def make(captions: list[str], evaluation: list[str], max_words: int = 75) -> LanguageWriter:
-        model = RemoteLanguageModel(ChatClient(endpoint.url, "m", retries=0))
+        model = RemoteLanguageModel(ChatClient(endpoint.url, "m", retries=0), concurrency=1)
         return LanguageWriter(
             CaptionBank({"flower/tulip": captions}, evaluation), model, PROMPT, seed=0, max_words=max_words, max_tokens=300
         )
@@ -135,6 +140,50 @@ def test_few_examples_are_shown_and_long_captions_cut(writer: Callable[..., Lang
     endpoint.plan = [says("One two three four five six.")]
     assert writer([f"caption {i}" for i in range(40)], [], max_words=4).write("flower/tulip", 1, []) == ["One two three four"]
     assert endpoint.requests[0]["body"]["messages"][0]["content"].count("\ncaption ") == EXAMPLES
+
+
+def test_an_answer_that_was_cut_ends_at_a_sentence_or_a_word(writer: Callable[..., LanguageWriter], endpoint: Served) -> None:
+    endpoint.plan = [says("A red tulip in a\nA tulip stands. It has a", reason="length")]
+    assert writer(["x"], []).write("flower/tulip", 2, []) == ["A red tulip in a", "A tulip stands."]
+    endpoint.plan = [says("two tulips in a va", reason="length")]
+    assert writer(["x"], []).write("flower/tulip", 1, []) == ["two tulips in a"]
+
+
+def test_several_classes_are_asked_for_at_a_time(endpoint: Served, texttok: Callable[..., Any], draw: Draw, tmp_path: Path) -> None:
+    """By the command: no more than --concurrency, and written class by class although the first answer comes last."""
+    images = [draw(tmp_path / "photos" / name / "0.png", seed=i).relative_to(tmp_path / "photos") for i, name in enumerate("abcdef")]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"id": str(image), "caption": f"a photo of {image.parent}"}) + "\n" for image in images))
+    under_way: list[str] = []
+    most: list[int] = []
+
+    def answer(handler: Handler, number: int) -> None:
+        asked = endpoint.requests[number]["body"]["messages"][0]["content"]
+        name = asked.partition('class, "')[2][0]
+        under_way.append(name)
+        most.append(len(under_way))
+        time.sleep(1 if name == "a" else 0.1)
+        under_way.remove(name)
+        says(f"another {name}")(handler, number)
+
+    endpoint.plan = [answer]
+    args = ("--writer", "endpoint", "--endpoint", endpoint.url, "--model", "m", "--concurrency", 3, "--unseen-per-class", 1)
+    run = texttok("caption", tmp_path / "photos", "--captions", captions, *args, "-o", tmp_path / "u.jsonl", "--quiet")
+    assert run.code == 0 and 1 < max(most) <= 3
+    rows = [json.loads(line) for line in (tmp_path / "u.jsonl").read_text().splitlines()]
+    assert [(row["class"], row["caption"]) for row in rows] == [(name, f"another {name}") for name in "abcdef"]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), BackendError("no such model")])
+def test_what_waits_for_an_earlier_answer_is_not_lost(reason: BaseException) -> None:
+    def results() -> Iterator[tuple[int, str]]:
+        yield from [(1, "b"), (0, "a"), (4, "e"), (3, "d")]
+        raise reason
+
+    seen: list[str] = []
+    with pytest.raises(type(reason)):
+        seen.extend(in_order(results()))
+    assert seen == ["a", "b", "d", "e"]
 
 
 def test_a_class_stays_short_after_some_rounds(writer: Callable[..., LanguageWriter], endpoint: Served) -> None:

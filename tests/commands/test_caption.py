@@ -113,6 +113,22 @@ def test_a_rerun_goes_on_and_tries_again_what_failed(texttok: Run, draw: Draw, t
     assert "have max_words 75, these would have 25" in one_line(texttok(*args, "--max-words", 25))
 
 
+def test_a_line_cut_off_in_a_folders_own_captions_is_written_again(texttok: Run, draw: Draw, tmp_path: Path) -> None:
+    """The file that grows is also read with the images, as what stands beside them."""
+    folder = flowers(draw, tmp_path / "photos")
+    args = ("caption", folder, "--captioner", "class-text", "-o", folder / "captions.jsonl")
+    assert texttok(*args, "--quiet").code == 0
+    whole = (folder / "captions.jsonl").read_bytes()
+    (folder / "captions.jsonl").write_bytes(whole[:-20])
+    run = texttok(*args, "--json")
+    assert run.code == 0 and json.loads(run.out)["captions"] == 1 and json.loads(run.out)["already_there"] == 3
+    assert run.err.count("captions.jsonl: its last line had been cut off") == 1 and (folder / "captions.jsonl").read_bytes() == whole
+    broken = b"{" + whole[:-20]
+    (folder / "captions.jsonl").write_bytes(broken)
+    assert "captions.jsonl:1: not a line of the form" in one_line(texttok(*args, "--quiet"))
+    assert (folder / "captions.jsonl").read_bytes() == broken
+
+
 def test_long_captions_are_cut_and_it_is_said(texttok: Run, draw: Draw, tmp_path: Path) -> None:
     image = draw(tmp_path / "img.png")
     (tmp_path / "img.txt").write_text("One two three. Four five six seven eight.")

@@ -51,6 +51,18 @@ def test_another_discriminator_replaces_instead_of_merging() -> None:
     assert merge(base, {"condition": {"encoder": {"max_tokens": 5}}})["condition"]["encoder"] == {"kind": "t5", "max_tokens": 5}
 
 
+def test_another_size_of_a_backbone_keeps_what_is_not_its_size() -> None:
+    base = {"backbone": {"size": "XL", "qk_norm": True, "depth": 3}}
+    assert merge(base, {"backbone": {"size": "L"}}) == {"backbone": {"size": "L", "qk_norm": True}}
+    assert merge(base, {"backbone": {"heads": 4}})["backbone"] == {**base["backbone"], "heads": 4}
+    assert load_recipe("tiny/texttok-32-128", ["model.backbone.size=B"]).model.backbone.model_dump() == {
+        **load_recipe("tiny/texttok-32-128").model.backbone.model_dump(),
+        "depth": 12,
+        "width": 768,
+        "heads": 12,
+    }
+
+
 def test_overrides_reach_every_kind_of_value() -> None:
     loaded = load_recipe(
         "tiny/texttok-32-128", ["optimizer.lr=1e-3", "data.train=[a.tar, b.tar]", "objective.perceptual={net: stlpips-alex}"]

@@ -170,6 +170,12 @@ def test_center_crop_is_adms(size):
     assert np.array_equal(np.asarray(cropped), adm_crop(image, 32))
 
 
+def test_a_random_crop_reaches_every_offset_alike():
+    image = Image.fromarray(np.arange(35, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
+    lefts = [np.asarray(center_crop(image, 32, at=at))[0, 0, 0] for at in np.arange(1 / 128, 1, 1 / 64)]
+    assert [lefts.count(left) for left in range(4)] == [16] * 4
+
+
 def test_center_crop_halves_by_plain_means():
     array = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     means = array.reshape(32, 2, 32, 2, 3).mean((1, 3))

@@ -105,6 +105,7 @@ def test_batches_follow_the_stream_of_samples_wherever_they_begin(tmp_path: Path
     loader = LatentLoader(store, batch_size=4, seed=7, device=torch.device("cpu"))
     batches = take(loader, 6)
     stream = SampleStream(10, 7)
+    assert stream.indices(3, 25).tolist() == [stream[position][0] for position in range(3, 28)]  # over two epochs' ends
     assert [i for batch in batches for i in batch.indices.tolist()] == [stream[position][0] for position in range(24)]
     assert sorted(i for batch in batches for i in batch.indices.tolist())[:4] == [0, 0, 1, 1]  # 24 positions are two epochs and more
     for batch in batches:

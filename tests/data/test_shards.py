@@ -1,4 +1,5 @@
 import json
+import tarfile
 from collections import Counter
 
 import pytest
@@ -88,6 +89,20 @@ def test_a_damaged_header_in_the_middle_is_not_the_end_in_silence(make_shard):
     dataset = open_dataset([shard])
     assert [item.id for item in dataset.items] == ["000", "001"]
     assert "damaged" in dataset.skipped[-1].reason
+
+
+def test_a_number_that_is_none_in_an_extended_header_is_not_the_end_of_the_run(make_shard):
+    header = tarfile.TarInfo("pax")
+    header.type = tarfile.XHDTYPE
+    body = b"27 GNU.sparse.map=x,y,z,ab\n"
+    header.size = len(body)
+    shard = make_shard(pairs(2))
+    end = shard.read_bytes().index(b"\0" * 1024, shard.read_bytes().rindex(b"001.json") + 1024)
+    shard.write_bytes(
+        shard.read_bytes()[:end] + header.tobuf() + body.ljust(512, b"\0") + tarfile.TarInfo("002.png").tobuf() + b"\0" * 1024
+    )
+    dataset = open_dataset([shard])
+    assert [item.id for item in dataset.items] == ["000", "001"] and "unreadable from some point on" in dataset.skipped[-1].reason
 
 
 def test_damaged_json_and_a_second_image_are_listed(make_shard):

@@ -180,6 +180,14 @@ def test_an_unreadable_line_of_captions_names_file_and_line(tmp_path, line):
         open_dataset([image], captions=captions)
 
 
+def test_captions_of_other_images_are_refused(tmp_path):
+    write(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "a.txt").write_text("beside")
+    captions = lines(tmp_path / "c.jsonl", {"id": "train/a", "caption": "meant for it"})
+    with pytest.raises(DataError, match=r"c\.jsonl: none of its ids is one of these images, such as a\.png"):
+        open_dataset([tmp_path / "set"], captions=captions)
+
+
 def test_captions_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"c\.jsonl: no such file"):
         open_dataset([write(tmp_path / "a.png")], captions=tmp_path / "c.jsonl")

@@ -173,6 +173,7 @@ def test_feature_maps() -> None:
         ({"steps": 0}, "steps 0: sampling takes at least 1 step"),
         ({"steps": 1001}, "steps 1001: the process has 1000 timesteps, so at most 1000 steps"),
         ({"sampler": "heun"}, "sampler 'heun' is none of those of a ddpm model: ddpm, ddim, dpm"),
+        ({"model": build({**CLASSES, "dropout": 0.0})}, "guidance: the model never saw the null condition"),
         ({"guide": build(TEXT)}, "guide: its condition is .* same kind"),
         ({"guide": build(process={"kind": "flow"})}, "guide: its process is"),
         ({"guide": build(latents={"kind": "tokens", "num_tokens": 5, "latent_dim": 4})}, "guide: its latents"),
@@ -180,7 +181,7 @@ def test_feature_maps() -> None:
 )
 def test_mistakes_are_one_line(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(RecipeError, match=what) as error:
-        draw(build(), **changes)
+        draw(**{"model": build(), **changes})
     assert "\n" not in str(error.value)
 
 

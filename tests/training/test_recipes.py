@@ -1,6 +1,7 @@
 """Every shipped recipe: loads, builds at its real size on the meta device, plans, and trains two steps at a tiny one."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,31 @@ def test_twins_differ_in_what_they_reproduce_alone() -> None:
         if name.endswith("-baseline"):
             twin, text = (load_recipe(n).model_dump() for n in (name, name.removesuffix("-baseline")))
             assert {key for key in text if text[key] != twin[key]} == {"reproduces"}
+
+
+def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
+    about = {
+        "4a-25-words": set(),  # by its captions alone
+        "4a-class-text": {("source",)},
+        "4b-t5-small": {("encoder", key) for key in ("name", "dim")},
+        "4b-t5-xxl": {("encoder", key) for key in ("name", "dim")},
+        "4c-cross-attention": {("mode",)},
+        "4d-tokenizer-only": {("where",)},
+    }
+    whole = load_recipe("tokenizer/texttok-128-256").model_dump()
+    for name, keys in about.items():
+        ablation = load_recipe(f"ablations/{name}").model_dump()
+        assert {key for key in whole if key not in ("model", "reproduces") and whole[key] != ablation[key]} == set(), name
+        assert {key for key in whole["model"] if whole["model"][key] != ablation["model"][key]} <= {"condition"}, name
+        assert set(_differing(whole["model"]["condition"], ablation["model"]["condition"])) == keys, name
+
+
+def _differing(a: dict, b: dict, *prefix: str) -> Iterator[tuple[str, ...]]:
+    for key in a.keys() | b.keys():
+        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
+            yield from _differing(a[key], b[key], *prefix, key)
+        elif a.get(key) != b.get(key):
+            yield (*prefix, key)
 
 
 def test_the_vanilla_setting_differs_in_optimisation_alone() -> None:

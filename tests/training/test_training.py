@@ -1,6 +1,7 @@
 """The trainer: exact resume, bad steps, interruption, several processes, and what a run leaves behind."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.data import TrainLoader, open_dataset
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
+from texttok_cli.training.conditioning import class_ids
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.loop import Interrupted
 from texttok_cli.training.report import Reporter
@@ -180,7 +183,7 @@ def test_three_bad_steps_in_a_row_roll_back(
     poison({2, 3, 4})
     loaded = []
     honest = RunFolder.load_state
-    monkeypatch.setattr(RunFolder, "load_state", lambda self, optimizers: loaded.append(result := honest(self, optimizers)) or result)
+    monkeypatch.setattr(RunFolder, "load_state", lambda *given: loaded.append(result := honest(*given)) or result)
     state = train(recipe_file(), tmp_path / "run")
     assert [step for step, _ in loaded] == [0, 2]  # at the start, and after the third bad step
     assert state["optimizer.0.0.step"] == 3 and state["guard.skipped"] == 3
@@ -214,6 +217,49 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file: RecipeFile, t
     train(recipe_file(), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"optimizer\.lr.*another --out"):
         train(recipe_file(), tmp_path / "run", "optimizer.lr=0.5")
+
+
+def test_a_field_that_is_new_since_a_run_began_does_not_end_it(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run")
+    file = tmp_path / "run" / "recipe.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "checkpointing" not in line))
+    train(recipe_file(), tmp_path / "run")
+    file.write_text("task: [")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: is no recipe .* another --out"):
+        train(recipe_file(), tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_data(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    images = shutil.copytree(pictures, tmp_path / "images")
+    recipe = recipe_file(data={"train": [str(images)]})
+    train(recipe, tmp_path / "run", "training.save_every=1")
+    next(images.rglob("*.png")).unlink()
+    with pytest.raises(TrainingError, match=r"was trained on \d+ examples, now there are \d+"):
+        train(recipe, tmp_path / "run", "training.save_every=1")
+
+
+def test_a_validation_that_was_cut_off_is_made_when_the_run_goes_on(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    recipe = recipe_file(data={"val": [str(pictures)]})
+    train(recipe, tmp_path / "run")
+    whole = metrics(tmp_path / "run", "val_psnr")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if "val_" not in line))
+    train(recipe, tmp_path / "run")
+    assert metrics(tmp_path / "run", "val_psnr") == whole[-1:]
+
+
+def test_a_signal_to_the_process_group_does_not_reach_the_workers(pictures: Path) -> None:
+    batches = TrainLoader(open_dataset([pictures]), image_size=16, batch_size=2, seed=0, flip=True, workers=2).batches()
+    for _ in range(2):  # one of each worker
+        next(batches)
+    groups = [os.getpgid(int(worker.pid or 0)) for worker in multiprocessing.active_children()]
+    assert len(groups) == 2 and os.getpgid(0) not in groups
+
+
+def test_classes_that_are_numbers_keep_them() -> None:
+    ids = class_ids([[(str(i), str(i)) for i in (10, 2, 9)]], 3, torch.device("cpu"))
+    assert ids[0] == ["2", "9", "10"] and ids[1][0].tolist() == [2, 0, 1]
 
 
 def test_a_damaged_state_is_named(recipe_file: RecipeFile, tmp_path: Path) -> None:

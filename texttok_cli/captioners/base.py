@@ -60,6 +60,8 @@ def limit_words(written: Written, max_words: int) -> tuple[str, bool]:
     ends = [place for place, word in enumerate(kept, 1) if word.rstrip(CLOSING).endswith(SENTENCE_ENDS)]
     if ends and ends[-1] >= len(kept) / 2:
         return " ".join(kept[: ends[-1]]), True
+    if len(words) <= max_words:  # stopped by the limit of tokens, perhaps within the last word
+        kept = kept[:-1] or kept
     return " ".join(kept).rstrip(",;:-–—"), True
 
 

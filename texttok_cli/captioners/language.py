@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from texttok_cli.assets import is_offline
+from texttok_cli.captioners.base import Written
 from texttok_cli.captioners.client import ChatClient
-from texttok_cli.captioners.vlm import loading
+from texttok_cli.captioners.vlm import ended, loading
 from texttok_cli.errors import BackendError
 
 
@@ -18,8 +19,9 @@ class LanguageModel(Protocol):
 
     backend: str
     model: str
+    concurrency: int  # calls that may run at the same time; 0: one after the other
 
-    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+    def write(self, text: str, *, max_tokens: int, seed: int) -> Written:
         """The model's answer; another seed may give another one."""
 
 
@@ -28,18 +30,19 @@ class RemoteLanguageModel:
 
     backend = "endpoint"
 
-    def __init__(self, client: ChatClient) -> None:
-        self.client, self.model = client, client.model
+    def __init__(self, client: ChatClient, *, concurrency: int) -> None:
+        self.client, self.model, self.concurrency = client, client.model, concurrency
 
-    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+    def write(self, text: str, *, max_tokens: int, seed: int) -> Written:
         """The answer. CaptionFailed or BackendError as `ChatClient.complete` raises them."""
-        return self.client.complete(text, max_tokens=max_tokens).text
+        return self.client.complete(text, max_tokens=max_tokens)
 
 
 class LocalLanguageModel:
     """A causal language model through transformers; a chat template is used where there is one."""
 
     backend = "language-model"
+    concurrency = 0
 
     def __init__(self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False) -> None:
         """`name` is a folder or a repository of the hub. BackendError if it can't be loaded."""
@@ -55,7 +58,7 @@ class LocalLanguageModel:
         self.model = Path(name).name if Path(name).exists() else name
 
     @torch.no_grad()
-    def write(self, text: str, *, max_tokens: int, seed: int) -> str:
+    def write(self, text: str, *, max_tokens: int, seed: int) -> Written:
         """The answer, drawn from the model's distribution."""
         if self.tokenizer.chat_template is not None:
             text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
@@ -63,4 +66,7 @@ class LocalLanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             ids = self.network.generate(**inputs, do_sample=True, max_new_tokens=max_tokens)
-        return str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        answer = ids[0, inputs["input_ids"].shape[1] :]
+        return Written(
+            str(self.tokenizer.decode(answer, skip_special_tokens=True)), complete=ended(self.network, answer.tolist(), max_tokens)
+        )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 
 from texttok_cli.captioners.base import Captioner, CaptionFailed, Subject, Written
+from texttok_cli.captioners.pool import concurrently
 from texttok_cli.data import Dataset, load_image
 from texttok_cli.errors import DataError
 
@@ -20,8 +19,8 @@ def caption_dataset(
 
     An image that can't be read and a text that is empty are failures too. Raises BackendError as the captioner does.
     """
-    if captioner.concurrency:
-        yield from _concurrently(captioner, dataset, indices)
+    if captioner.concurrency:  # one image a call
+        yield from (part for _, part in concurrently(lambda i: _caption(captioner, dataset, [i]), indices, captioner.concurrency))
         return
     for start in range(0, len(indices), batch_size):
         yield _caption(captioner, dataset, indices[start : start + batch_size])
@@ -45,34 +44,3 @@ def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> 
 def _subject(dataset: Dataset, index: int) -> Subject:
     item = dataset.items[index]
     return Subject(load_image(dataset.read(index), name=item.id), item.class_name, item.caption)
-
-
-def _concurrently(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> Iterator[list[tuple[int, Outcome]]]:
-    """One image a call. The threads are daemons: an interrupted run does not wait for the calls that are under way."""
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[list[tuple[int, Outcome]] | Exception] = queue.SimpleQueue()
-    stopped = threading.Event()
-    for index in indices:
-        todo.put(index)
-
-    def work() -> None:
-        while not stopped.is_set():
-            try:
-                index = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put(_caption(captioner, dataset, [index]))
-            except Exception as err:  # raised again below, where somebody hears of it
-                done.put(err)
-
-    for _ in range(min(captioner.concurrency, len(indices))):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in indices:
-            outcome = done.get()
-            if isinstance(outcome, Exception):
-                raise outcome
-            yield outcome
-    finally:
-        stopped.set()

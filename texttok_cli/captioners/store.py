@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ class CaptionLines:
         """Every line must have the entries `made_by`, else DataError. A last line that was cut off is taken away."""
         self.path, self.made_by = path, made_by
         self.rows: list[dict[str, Any]] = []
-        whole = self._read() if path.is_file() else 0
+        drop_cut_line(path)
+        data = path.read_bytes() if path.is_file() else b""
+        self._read(data)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
-        self._file.truncate(whole)
-        if self.rows and not self._ends_in_newline(whole):
+        if data and not data.endswith(b"\n"):
             self._file.write(b"\n")
 
     def __enter__(self) -> CaptionLines:
@@ -38,30 +40,38 @@ class CaptionLines:
         self._file.flush()
         self.rows += complete
 
-    def _read(self) -> int:
-        """Fill `rows`; how many bytes of the file are whole lines."""
-        data = self.path.read_bytes()
-        begin = data.rfind(b"\n") + 1
-        whole = len(data) if self._row(data[begin:]) is not None else begin
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            row = self._row(line)
+    def _read(self, data: bytes) -> None:
+        for number, line in enumerate(data.splitlines(), 1):
+            row = _row(line)
             if row is None and line.strip():
                 raise DataError(f"{self.path}:{number}: not a JSON line of captions; give another file with -o")
             if row is not None:
                 self._check(row)
                 self.rows.append(row)
-        return whole
-
-    def _row(self, line: bytes) -> dict[str, Any] | None:
-        row = json_or_none(line.decode("utf-8", "replace"))
-        return row if isinstance(row, dict) else None
 
     def _check(self, row: Mapping[str, Any]) -> None:
         for key, value in self.made_by.items():
             if row.get(key) != value:
                 raise DataError(f"{self.path}: its captions have {key} {row.get(key)}, these would have {value}; give another file with -o")
 
-    def _ends_in_newline(self, size: int) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(size - 1)
-            return file.read() == b"\n"
+
+def drop_cut_line(path: Path) -> bool:
+    """Take away the last line of a file of JSON lines if it was cut off, as a kill in the midst of writing leaves it; whether it was.
+
+    A file with other broken lines, or with a last line that is the begin of no JSON object, is left as it is.
+    """
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if not data.startswith(b"{", whole) or _row(data[whole:]) is not None:
+        return False
+    if any(_row(line) is None for line in data[:whole].splitlines() if line.strip()):
+        return False
+    os.truncate(path, whole)
+    return True
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    row = json_or_none(line.decode("utf-8", "replace"))
+    return row if isinstance(row, dict) else None

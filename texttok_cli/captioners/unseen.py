@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from texttok_cli.captioners.attributes import Attributes, describe, parse
 from texttok_cli.captioners.base import CaptionFailed, Written, limit_words
 from texttok_cli.captioners.language import LanguageModel
+from texttok_cli.captioners.pool import concurrently, in_order
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import DataError
 
@@ -36,11 +37,12 @@ class CaptionBank:
 
 
 class Writer(Protocol):
-    """Makes unseen captions; `backend`, `model` and `prompt` as of a captioner."""
+    """Makes unseen captions; `backend`, `model`, `prompt` and `concurrency` (of classes) as of a captioner."""
 
     backend: str
     model: str | None
     prompt: Prompt | None
+    concurrency: int
     failure: str | None  # why the last attempt that failed did
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
@@ -49,10 +51,13 @@ class Writer(Protocol):
 
 def unseen_captions(writer: Writer, bank: CaptionBank, number: int, there: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, list[str]]]:
     """For every class of the bank that has fewer than `number` captions in `there`: the new ones, as many as could be made."""
-    for class_name in bank.by_class:
-        known = there.get(class_name, [])
-        if len(known) < number:
-            yield class_name, writer.write(class_name, number - len(known), known)
+    known = {name: there.get(name, []) for name in bank.by_class}
+    wanting = [name for name in bank.by_class if len(known[name]) < number]
+
+    def write(class_name: str) -> tuple[str, list[str]]:
+        return class_name, writer.write(class_name, number - len(known[class_name]), known[class_name])
+
+    yield from in_order(concurrently(write, wanting, writer.concurrency)) if writer.concurrency else map(write, wanting)
 
 
 class AttributeWriter:
@@ -63,6 +68,7 @@ class AttributeWriter:
     """
 
     backend = "attributes"
+    concurrency = 0
     model: str | None = None
     failure: str | None = None
     prompt: Prompt | None = None
@@ -101,7 +107,7 @@ class LanguageWriter:
         """`max_tokens` is for one caption."""
         self.bank, self.language_model, self.seed = bank, language_model, seed
         self.max_words, self.max_tokens = max_words, max_tokens
-        self.backend = language_model.backend
+        self.backend, self.concurrency = language_model.backend, language_model.concurrency
         self.model: str | None = language_model.model
         self.prompt: Prompt | None = prompt
         self._fill = prompt.fill
@@ -130,8 +136,12 @@ class LanguageWriter:
         except CaptionFailed as err:
             self.failure = str(err)
             return []
-        lines = (NUMBERING.sub("", line, count=1).strip().strip('"') for line in answer.splitlines())
-        return [limit_words(Written(line), self.max_words)[0] for line in lines if line]
+        texts = []
+        for line in answer.text.splitlines(keepends=True):
+            whole = answer.complete or line.endswith("\n")  # an answer that was cut is so in its last line
+            plain = NUMBERING.sub("", line, count=1).strip().strip('"')
+            texts.append(limit_words(Written(plain, whole), self.max_words)[0])
+        return [text for text in texts if text]
 
 
 def same(caption: str) -> str:

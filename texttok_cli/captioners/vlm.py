@@ -1,4 +1,4 @@
-"""Any image-text-to-text or image-to-text model through transformers' Auto classes: Qwen-VL, SmolVLM, LLaVA, Florence-2, BLIP, GIT."""
+"""Any image-text-to-text or image-to-text model through transformers' Auto classes: Qwen-VL, LLaVA, PaliGemma, Florence-2, BLIP, GIT."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from texttok_cli.captioners.base import CaptionFailed, Subject, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
 
-# Models without a chat template that are told what to do by a token.
-TASKS = {"florence2": "<MORE_DETAILED_CAPTION>"}
+# What models without a chat template are told. Those trained on set tasks get the one for a long caption (of PaliGemma:
+# ai.google.dev/gemma/docs/paligemma/prompt-system-instructions); BLIP-2 gets the form its paper has for questions, InstructBLIP
+# the instruction alone. Not here are BLIP, GIT and the like: they would take a text for the begin of the caption.
+TEXTS = {
+    "florence2": "<MORE_DETAILED_CAPTION>",
+    "paligemma": "<image>describe en",
+    "blip-2": "Question: {prompt} Answer:",
+    "instructblip": "{prompt}",
+}
 
 
 class VisionLanguageModel:
-    """A local model. One with a chat template gets the prompt, one with a task token that, any other the image alone."""
+    """A local model. It gets the prompt in its chat template or in its own form, the task that it knows, or the image alone."""
 
     backend = "vlm"
     concurrency = 0
@@ -51,13 +58,12 @@ class VisionLanguageModel:
             )
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
             raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole model?")
+        if getattr(self.processor.whole, "num_query_tokens", 0) is None:  # of BLIP-2's kind, from before the image had places in the text
+            raise BackendError(f"--model {name}: its processor has no num_query_tokens, so the image would get lost: take a newer revision")
         self.network: Any = model.eval().requires_grad_(False) if placed else model.eval().requires_grad_(False).to(device)
         self.model: str | None = Path(name).name if Path(name).exists() else name
-        chats = getattr(self.processor.whole, "chat_template", None) is not None
-        task = TASKS.get(model.config.model_type)
-        self.prompt: Prompt | None = prompt if chats else None if task is None else Prompt("task", None, task)
         self.max_tokens = max_tokens
-        self._text = _chat(self.processor.whole, prompt) if chats else task
+        self._text, self.prompt = _told(self.processor.whole, model.config.model_type, prompt)
 
     def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
         """A caption for each, written greedily and in one batch. BackendError if the device's memory is too small for it."""
@@ -77,12 +83,9 @@ class VisionLanguageModel:
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(ids[:, : asked.shape[1]], asked):  # a decoder alone repeats the prompt
             ids = ids[:, asked.shape[1] :]
-        ends = _end_tokens(self.network)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [
-            Written(text.strip(), complete=len(row) < self.max_tokens or not ends.isdisjoint(row[1:]))
-            for text, row in zip(texts, ids.tolist(), strict=True)
-        ]
+        rows = zip(texts, ids.tolist(), strict=True)
+        return [Written(text.strip(), complete=ended(self.network, row, self.max_tokens)) for text, row in rows]
 
 
 class _Processor:
@@ -124,13 +127,24 @@ def loading(what: str) -> Iterator[None]:
         raise BackendError(f"{what}: {' '.join(str(err).split())[:200]}") from err
 
 
+def _told(processor: Any, model_type: str, prompt: Prompt) -> tuple[str | None, Prompt | None]:
+    """The text that a model gets beside an image, if any, and what is recorded as its prompt."""
+    if getattr(processor, "chat_template", None) is not None:
+        return _chat(processor, prompt), prompt
+    form = TEXTS.get(model_type)
+    if form is None:
+        return None, None
+    return form.replace("{prompt}", prompt.text), prompt if "{prompt}" in form else Prompt("task", None, form)
+
+
 def _chat(processor: Any, prompt: Prompt) -> str:
     content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
     text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return text
 
 
-def _end_tokens(network: Any) -> set[int]:
+def ended(network: Any, written: Sequence[int], max_tokens: int) -> bool:
+    """Whether a model that may write `max_tokens` tokens came to an end with these, the first of which may be its start token."""
     config = network.generation_config
-    ends = config.eos_token_id
-    return {*(ends if isinstance(ends, list) else [ends]), config.pad_token_id} - {None}
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return len(written) < max_tokens or not {*ends, config.pad_token_id}.isdisjoint(written[1:])

@@ -104,21 +104,26 @@ def caption(
     if show_prompt:
         _show_prompt(settings, unseen=unseen_per_class is not None, json=json)
         return
+    from texttok_cli.captioners.store import drop_cut_line
+    from texttok_cli.console import say
     from texttok_cli.data import open_dataset
 
     if not inputs:
         raise DataError("no images: name files, folders, manifests or shards")
     settings.check(unseen=unseen_per_class is not None)
+    out = out or (OUT if unseen_per_class is None else UNSEEN_OUT)
+    if drop_cut_line(out) and not quiet:  # before the inputs are read: OUT may be the captions.jsonl of a folder among them
+        say(f"{out}: its last line had been cut off and was dropped; it is written again")
     if unseen_per_class is not None:
         from texttok_cli.commands.caption_unseen import evaluation_captions, write_unseen
 
         training = open_dataset(inputs, captions=captions, caption_field=caption_field)
         evaluation = [text for name in avoid or [] for text in evaluation_captions(name, caption_field)]
-        done = write_unseen(settings, training, evaluation, unseen_per_class, out or UNSEEN_OUT, seed=seed, quiet=quiet, json=json)
+        done = write_unseen(settings, training, evaluation, unseen_per_class, out, seed=seed, quiet=quiet, json=json)
     else:
         _check_unused({"--writer": writer != "attributes", "--captions": captions, "--avoid": avoid})
         dataset = open_dataset(inputs, caption_field=caption_field)
-        done = _caption_images(settings, dataset, out or OUT, batch_size=batch_size, quiet=quiet, json=json)
+        done = _caption_images(settings, dataset, out, batch_size=batch_size, quiet=quiet, json=json)
     if not done:
         raise typer.Exit(1)
 

@@ -112,7 +112,7 @@ class Settings:
 
         language_model: LanguageModel
         if self.writer == "endpoint":
-            language_model = RemoteLanguageModel(self._client())
+            language_model = RemoteLanguageModel(self._client(), concurrency=self.concurrency)
         else:
             language_model = LocalLanguageModel(str(self.model), device=self._device(), dtype=self._dtype(), offline=self.offline)
         prompt = load_prompt("unseen", max_words=self.max_words)

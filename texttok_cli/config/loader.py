@@ -15,7 +15,8 @@ from texttok_cli.config.schema import GeneratorRecipe, Recipe, TokenizerRecipe
 from texttok_cli.errors import RecipeError
 
 # A mapping that changes one of these is another thing: it replaces what it extends instead of being merged into it.
-DISCRIMINATORS = ("source", "kind", "size")
+DISCRIMINATORS = ("source", "kind")
+OF_A_SIZE = ("depth", "width", "heads")  # what a backbone's `size` stands for, and therefore replaces
 AnyRecipe = TokenizerRecipe | GeneratorRecipe
 TASKS: dict[str, type[AnyRecipe]] = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
 
@@ -64,6 +65,8 @@ def merge(base: Any, change: Any) -> Any:
         return change
     if any(key in change and key in base and base[key] != change[key] for key in DISCRIMINATORS):
         return change
+    if "size" in change:
+        base = {key: value for key, value in base.items() if key not in OF_A_SIZE}
     return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
 
 

@@ -221,9 +221,15 @@ class DDPM(Config):
 
     kind: Literal["ddpm"] = "ddpm"
     timesteps: int = Field(1000, ge=2, le=100_000)
-    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_start: float = Field(1e-4, gt=0, lt=1)  # of 1000 timesteps; scaled for another number of them, as ADM's linear schedule
     beta_end: float = Field(0.02, gt=0, lt=1)
     learned_sigma: bool = True
+
+    @model_validator(mode="after")
+    def _betas_are_shares(self) -> DDPM:
+        if max(self.beta_start, self.beta_end) * 1000 >= self.timesteps:
+            raise ValueError(f"timesteps {self.timesteps} are too few: betas are scaled by 1000 over them, and would be 1 or more")
+        return self
 
 
 class Flow(Config):

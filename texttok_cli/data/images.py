@@ -100,7 +100,7 @@ def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
 def center_crop(image: Image.Image, size: int, *, at: float = 0.5) -> Image.Image:
     """The ADM rule (guided-diffusion, `center_crop_arr`): BOX halving, BICUBIC to the short side, centre crop to size x size.
 
-    Another `at` in [0, 1] takes another part of the longer side, from its begin (0) to its end (1).
+    Another `at` in [0, 1) takes another part of the longer side: all of them, in equal shares, as `at` goes from 0 to 1.
 
     Raises DataError for an image so narrow that it would have over MAX_PIXELS pixels before the crop.
     """
@@ -111,8 +111,12 @@ def center_crop(image: Image.Image, size: int, *, at: float = 0.5) -> Image.Imag
     if width * height > MAX_PIXELS:
         raise DataError(f"too narrow ({image.width:,} x {image.height:,} pixels) for a square of {size} x {size}; crop it first")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = int((width - size) * at), int((height - size) * at)
+    left, top = _offset(width - size, at), _offset(height - size, at)
     return image.crop((left, top, left + size, top + size))
+
+
+def _offset(room: int, at: float) -> int:
+    return room // 2 if at == 0.5 else int((room + 1) * at)  # the middle as ADM rounds it
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -44,32 +44,38 @@ class LatentStore:
         for folder, index in indices.items():
             _check(folder, index, model_sha256)
         dtype = torch.float32 if any(index.dtype == "fp32" for index in indices.values()) else torch.float16
-        latents: list[Tensor] = []
+        z, filled = torch.empty(0), 0
         ids: list[str] = []
         flipped: list[bool] = []
         class_names: list[str | None] = []
         captions: list[str | None] = []
         for part in (part for folder in indices for part in read_shards(folder)):
-            latents.append(part.z.to(dtype))
+            if not filled:  # whole at once: parts put together at the end would take twice the memory
+                z = torch.empty(sum(shard.images for index in indices.values() for shard in index.shards), *part.z.shape[1:], dtype=dtype)
+            if part.z.shape[1:] != z.shape[1:]:
+                raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not of one tokenizer; encode again")
+            z[filled : filled + len(part)] = part.z
+            filled += len(part)
             ids += part.header.ids
             flipped += part.header.flipped
             class_names += part.header.class_names or [None] * len(part)
             captions += part.header.captions or [None] * len(part)
-        if len({z.shape[1:] for z in latents}) > 1:
-            raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not of one tokenizer; encode again")
         found = [statistics for index in indices.values() if (statistics := index.statistics()) is not None]
-        if len(found) < len(indices) or any(len(statistics.mean) != latents[0].shape[-1] for statistics in found):
+        if len(found) < len(indices) or any(len(statistics.mean) != z.shape[-1] for statistics in found):
             raise DataError(
                 f"{', '.join(map(str, folders))}: index.json has no statistics of its tokens; encode again into an empty folder"
             )
-        return LatentStore(torch.cat(latents), ids, flipped, class_names, captions, reduce(Statistics.plus, found))
+        return LatentStore(z, ids, flipped, class_names, captions, reduce(Statistics.plus, found))
 
     def __len__(self) -> int:
         return len(self.z)
 
     def texts(self, overrides: Path | None = None) -> list[str]:
-        """The caption of each image, of a captions.jsonl where that has its id. DataError names an image without one."""
+        """The caption of each image, of a captions.jsonl where that has its id. DataError names an image without one, and a file
+        that has none of the images."""
         override = {} if overrides is None else read_captions(overrides)
+        if overrides is not None and not override.keys() & set(self.ids):
+            raise DataError(f"{overrides}: none of its ids is one of these images, such as {self.ids[0]}")
         texts = [override.get(image_id, caption) for image_id, caption in zip(self.ids, self.captions, strict=True)]
         missing = next((image_id for image_id, text in zip(self.ids, texts, strict=True) if text is None), None)
         if missing is not None:
@@ -108,14 +114,14 @@ class LatentLoader:
         self.stream = SampleStream(len(store), seed)
         self.batch_size, self.rank, self.world_size, self.device = batch_size, rank, world_size, device
         self.resident = fits(store.z.nbytes, device)
-        self._z = store.z.to(device) if self.resident else store.z
+        self.z = store.z.to(device) if self.resident else store.z
 
     def batches(self, start: int = 0) -> Iterator[LatentBatch]:
         """Endless batches, from global batch number `start` (from 0) on."""
         for batch in count(start):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            indices = torch.tensor([self.stream[position][0] for position in range(first, first + self.batch_size)])
-            z = self._z[indices.to(self._z.device)]  # (B, N, d)
+            indices = self.stream.indices(first, self.batch_size)
+            z = self.z[indices.to(self.z.device)]  # (B, N, d)
             yield LatentBatch(z.to(self.device).float(), indices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,27 @@ class SampleStream:
     def __getitem__(self, position: int) -> tuple[int, bool, float]:
         """(dataset index, flip, place of the crop in [0, 1)) of the sample at this position."""
         epoch, place = divmod(position, self.n)
+        self._enter(epoch)
+        index = int(self._order[place])
+        return index, bool(self._flips[index]), float(self._crops[index])
+
+    def indices(self, first: int, count: int) -> Tensor:
+        """The dataset indices (count,) int64 of the samples from position `first` on."""
+        parts = []
+        while count:
+            epoch, place = divmod(first, self.n)
+            self._enter(epoch)
+            parts.append(self._order[place : place + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return torch.cat(parts)
+
+    def _enter(self, epoch: int) -> None:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(self.n, generator=generator)
             self._flips = torch.rand(self.n, generator=generator) < 0.5
             self._crops = torch.rand(self.n, generator=generator)
             self._epoch = epoch
-        index = int(self._order[place])
-        return index, bool(self._flips[index]), float(self._crops[index])
 
     def substitute(self, position: int, attempt: int) -> int:
         """The dataset index that stands in for a damaged image at this position, at the given attempt (1 to MAX_REDRAWS)."""
@@ -96,6 +110,7 @@ class TrainLoader:
             batch_sampler=_Positions(self.batch_size, start, self.rank, self.world_size),
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # else the iterator takes a number from the global one
         )
         for batch, damaged, error in loader:
@@ -103,6 +118,11 @@ class TrainLoader:
             if batch is None:
                 raise DataError(error)
             yield batch
+
+
+def _leave_process_group(worker: int) -> None:
+    """Launchers and terminals signal whole process groups: a worker that died of it would end the run before its state is saved."""
+    os.setpgrp()
 
 
 @dataclass(frozen=True, slots=True)

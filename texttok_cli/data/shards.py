@@ -56,7 +56,7 @@ def _scan(path: Path) -> _Index:
                 for member in shard:
                     _note(index, shard, member)
                 index.broken = _lost_end(file, shard.offset)
-        except (tarfile.TarError, OSError, EOFError) as err:
+        except (tarfile.TarError, OSError, EOFError, ValueError) as err:  # a ValueError: a number in an extended header
             index.broken = str(err) or type(err).__name__
     return index
 

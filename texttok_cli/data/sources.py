@@ -27,8 +27,8 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     None takes `caption`, else the .txt, else the first of `captions`; `longest` the longest of `captions`; `measured` that key,
     or where it is null the last of `captions`. `captions` is a captions.jsonl whose entries win over what stands beside the images.
 
-    Raises DataError for an input that is not there, is of an unknown kind or holds no image, for an unreadable line of `captions`,
-    and for an id that stands for two images of one input.
+    Raises DataError for an input that is not there, is of an unknown kind or holds no image, for an unreadable line of `captions`
+    or if it has no image of these, and for an id that stands for two images of one input.
     """
     found: list[tuple[str, Item]] = []
     skipped: list[Skipped] = []
@@ -42,7 +42,13 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
         found += [(source, entry) for entry in entries if isinstance(entry, Item)]
         skipped += unusable
     items = _with_unique_ids(found)
-    return Dataset(items if captions is None else with_captions(items, captions), skipped)
+    if captions is not None:
+        # Without one of their own first, to see that the file is of these images at all.
+        named = with_captions([replace(item, caption=None) for item in items], captions)
+        if not any(item.caption for item in named):
+            raise DataError(f"{captions}: none of its ids is one of these images, such as {items[0].id}")
+        items = [item if new.caption is None else new for item, new in zip(items, named, strict=True)]
+    return Dataset(items, skipped)
 
 
 def _expand(name: str) -> list[str]:

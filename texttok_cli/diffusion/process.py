@@ -51,7 +51,8 @@ class DDPMProcess:
 
     def __init__(self, cfg: DDPM) -> None:
         self.cfg = cfg
-        betas = torch.linspace(cfg.beta_start, cfg.beta_end, cfg.timesteps, dtype=torch.float64)
+        scale = 1000 / cfg.timesteps  # as ADM's linear schedule: any number of steps ends in the same noise
+        betas = torch.linspace(scale * cfg.beta_start, scale * cfg.beta_end, cfg.timesteps, dtype=torch.float64)
         bars = torch.cumprod(1 - betas, dim=0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), bars[:-1]])
         posterior = betas * (1 - before) / (1 - bars)

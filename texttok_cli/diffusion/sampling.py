@@ -77,6 +77,10 @@ def sample(
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         times = torch.tensor(schedule.times, device=device)
         guided = any(weight != 1 for weight in weights)
+        if guided and guide is None and dit.cfg.condition.dropout == 0:
+            raise RecipeError(
+                "guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide"
+            )
         network = dit.prepare(times, class_ids, cond, null=guided and guide is None)
         other = guide.prepare(times, class_ids, cond, null=False) if guide is not None and guided else None
         denoise = _denoiser(network, other, process, schedule, weights)

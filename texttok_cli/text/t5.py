@@ -45,7 +45,7 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", of
             name, config=shape, dtype=DTYPES[config.precision], local_files_only=local, weights_only=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # the hub's errors are OSErrors too
-        raise BackendError(_not_found(name, offline=local)) from error
+        raise BackendError(_not_found(name, offline=local, error=error)) from error
     if report["missing_keys"]:
         raise BackendError(f"text encoder {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole T5 model?")
     return TransformerEncoder(config, _States(model), tokenizer, device=device, pad_id=shape.pad_token_id, fixed_length=True)
@@ -70,12 +70,15 @@ def _load_tokenizer(name: str, *, local: bool) -> Tokenizer:
     return tokenizer
 
 
-def _not_found(name: str, *, offline: bool) -> str:
+def _not_found(name: str, *, offline: bool, error: object = "") -> str:
     if Path(name).is_dir():
         return f"text encoder {name}: the folder needs a whole config.json, model.safetensors and tokenizer.json"
     if offline:
         return f"text encoder {name}: neither a folder nor in the hub cache: give a local folder as its name, or run once without --offline"
-    return f"text encoder {name}: neither a folder nor to be had from the hub: check the name and the network, or give a local folder"
+    reason = str(error).partition("\n")[0]
+    return (
+        f"text encoder {name}: no folder, and not to be had from the hub; check the name and the network, or give a local folder ({reason})"
+    )
 
 
 # T5 v1.1's encoders: width, width of the gated feed-forward, layers, heads of 64 channels.

@@ -38,9 +38,12 @@ def build_conditioners(
 def class_ids(named: Sequence[Sequence[tuple[str, str | None]]], num_classes: int, device: torch.device) -> tuple[list[str], list[Tensor]]:
     """Of data sets' (id, class name) pairs, training first: the classes, ids being ranks, and the ids (n,) of each set's examples.
 
+    Classes are in the order of their names, or of their numbers if all are numbers: `.cls` files keep theirs.
+
     RecipeError if the training set has another number of classes, DataError for a class that it doesn't have.
     """
-    classes = sorted({name for _, name in named[0] if name is not None})
+    names = {name for _, name in named[0] if name is not None}
+    classes = sorted(names, key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in names) else None)
     if len(classes) != num_classes:
         raise RecipeError(f"model.condition.num_classes is {num_classes}, the training images have {len(classes)} classes")
     ids = {name: i for i, name in enumerate(classes)}

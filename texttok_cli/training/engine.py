@@ -146,6 +146,10 @@ class Engine:
         moved = ((name, whole(tensor).cpu()) for name, tensor in tensors.items())
         return {name: tensor for name, tensor in moved if self.is_main}
 
+    def of_main(self, number: int) -> int:
+        """The main process's number, in all of them."""
+        return int(self.summed(torch.tensor(float(number if self.is_main else 0), dtype=torch.float64, device=self.device)))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process: what all must decide alike."""
         if self.world_size == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
         rank=engine.rank,
         world_size=engine.world_size,
     )
+    stores[0] = replace(stores[0], z=loader.z)  # lets go of the machine's copy of what lies on the device
     if engine.sharded:
         report.message(f"weights split over {engine.world_size} processes (FSDP2)")
     if not loader.resident:
@@ -81,7 +82,16 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
 
     steps = recipe.schedule.steps
     try:
-        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
+        train(
+            recipe,
+            task,
+            engine,
+            run,
+            loader.batches,
+            len(stores[0]),
+            validate,
+            lambda step, values: report.progress("training", step, steps, values),
+        )
         dit = task.averaged()
     finally:
         engine.finish()
@@ -206,7 +216,7 @@ class _Preview:
             process,
             sampler=FITTING[process.kind][0],
             steps=min(GRID_STEPS, process.timesteps) if process.kind == "ddpm" else GRID_STEPS,
-            guidance=parse_cfg(GRID_CFG),
+            guidance=parse_cfg(GRID_CFG if self.recipe.model.condition.dropout else "1"),
             seeds=range(len(self.reconstructions)),
             autocast=self.recipe.training.precision == "bf16",
             **self.condition,

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
 from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
 from texttok_cli.config.schema import Recipe
-from texttok_cli.errors import CheckpointError, RecipeError
+from texttok_cli.errors import CheckpointError, RecipeError, TrainingError
 from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
 from texttok_cli.training.sharding import split_like
 
@@ -41,15 +42,18 @@ class RunFolder:
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, or go on in it; RecipeError if something was trained in it by another recipe."""
-        text, file = dump_recipe(recipe), self.path / "recipe.yaml"
+        file = self.path / "recipe.yaml"
         if file.exists() and (self.metrics_path.exists() or self._states()):
-            old = file.read_text(encoding="utf-8")
-            if old != text:
-                keys = _differing_keys(yaml.safe_load(old), yaml.safe_load(text))
+            try:  # by the schema: a field that is new since then has the value that it had before there was one
+                old = type(recipe).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
+                raise RecipeError(f"{file}: is no recipe of this task and version, so its run can't go on; choose another --out") from None
+            if old != recipe:
+                keys = _differing_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
                 raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")
             return
         with atomic_path(file) as tmp:
-            tmp.write_text(text, encoding="utf-8")
+            tmp.write_text(dump_recipe(recipe), encoding="utf-8")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -64,6 +68,13 @@ class RunFolder:
         with atomic_path(self.metrics_path) as tmp:
             tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
+    def validated(self, step: int) -> bool:
+        """Whether the log has validation values of this step."""
+        if not self.metrics_path.exists():
+            return False
+        records = (json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines())
+        return any(record.get("step") == step and any(key.startswith("val_") for key in record) for record in records)
+
     def save_grid(self, step: int, above: Tensor, below: Tensor) -> None:
         """Draw two rows of images (B, 3, S, S) uint8, as OUT/grids/step-00000500.png."""
         rows = [torch.cat(list(row), dim=2) for row in (above, below)]  # (3, S, B*S) each
@@ -71,14 +82,15 @@ class RunFolder:
         with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
             picture.save(tmp, format="PNG")
 
-    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""
+    def save_state(self, step: int, tensors: Mapping[str, Tensor], samples: int) -> None:
+        """Write the state of optimizer step `step` on so many training examples and remove older ones; a kill at any moment
+        leaves a whole one."""
         folder = self.state_path / f"step-{step:08d}"
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_safetensors(partial / "state.safetensors", tensors, {"texttok_state": 1, "step": step})
+            save_safetensors(partial / "state.safetensors", tensors, {"texttok_state": 1, "step": step, "samples": samples})
         except BaseException:  # a full disk: give back what was taken of it
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -86,14 +98,21 @@ class RunFolder:
         partial.replace(folder)
         for old in self._states():
             if old != folder:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # some process may still have it open, which network file systems mind
 
-    def load_state(self, optimizers: list[Optimizer]) -> tuple[int, dict[str, Tensor]]:
-        """(step, tensors) of the newest state, with the optimizers filled; (0, {}) in a new folder."""
+    def load_state(self, optimizers: list[Optimizer], samples: int) -> tuple[int, dict[str, Tensor]]:
+        """(step, tensors) of the newest state, with the optimizers filled; (0, {}) in a new folder.
+
+        Raises TrainingError if it was trained on another number of examples: their order would be another.
+        """
         states = self._states()
         if not states:
             return 0, {}
         meta, tensors = load_safetensors(states[-1] / "state.safetensors", error=CheckpointError)
+        if meta.get("samples", samples) != samples:
+            raise TrainingError(
+                f"{self.path}: was trained on {meta['samples']:,} examples, now there are {samples:,}: bring back the same data"
+            )
         for i, optimizer in enumerate(optimizers):
             _restore_optimizer(optimizer, i, tensors)
         return int(meta["step"]), {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}

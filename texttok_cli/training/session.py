@@ -78,7 +78,16 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
 
     steps = recipe.schedule.steps
     try:
-        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
+        train(
+            recipe,
+            task,
+            engine,
+            run,
+            loader.batches,
+            len(train_set),
+            validate,
+            lambda step, values: report.progress("training", step, steps, values),
+        )
     finally:
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from texttok_cli.checkpoint import save_tokenizer
 from texttok_cli.config.schema import TokenizerRecipe, VQBottleneck
 from texttok_cli.data import Batch, normalize, to_uint8
+from texttok_cli.errors import DataError
 from texttok_cli.losses import adaptive_weight, l2
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
@@ -176,9 +177,11 @@ class TokenizerTask:
             z = model.encode(x, cond).z.flatten(0, 1).cpu().double()  # (B*N, d)
             total += torch.stack([z.sum(0), z.square().sum(0)])
             count += len(z)
+        if not count:
+            raise DataError("none of the training images that the latents' statistics are taken of can be read")
         mean = total[0] / count
         model.latent_mean.copy_(mean)
-        model.latent_std.copy_((total[1] / count - mean**2).sqrt())
+        model.latent_std.copy_((total[1] / count - mean**2).clamp_min(0).sqrt())
 
     # ------------------------------------------------------------------ what it leaves
 
