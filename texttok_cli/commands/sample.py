@@ -25,7 +25,7 @@ GRID_COLUMNS = 8  # unless a class or prompt has a row of its own
 def sample(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder for images, grid.png and samples.jsonl.")],
     classes: Annotated[
-        list[str] | None, typer.Option("--class", metavar="ID|NAME", help="A class: 120, flower/sunflower, sunflower; repeatable.")
+        list[str] | None, typer.Option("--class", metavar="ID|NAME", help="A class: 120, flower/sunflower, tulip; repeatable.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What the images show, for a text-to-image model; repeatable.")] = None,
     prompts: Annotated[

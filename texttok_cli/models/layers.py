@@ -15,6 +15,13 @@ ALL = slice(None)
 CACHED_SCORES = 2**19  # attention scores that a core's cache holds beside their operands
 
 
+class _RMSNorm(nn.RMSNorm):
+    """In fp32 whatever autocast has made of the input, as torch's layer norm is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; queries may be taken from some tokens only (`keep`), keys and values from all.
 
@@ -146,4 +153,4 @@ def _qk_norms(cfg: Transformer) -> tuple[nn.Module, nn.Module]:
     if not cfg.qk_norm:
         return nn.Identity(), nn.Identity()
     size = cfg.width // cfg.heads
-    return nn.RMSNorm(size, eps=1e-6), nn.RMSNorm(size, eps=1e-6)
+    return _RMSNorm(size, eps=1e-6), _RMSNorm(size, eps=1e-6)
