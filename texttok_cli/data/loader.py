@@ -20,6 +20,7 @@ from texttok_cli.data.sources import Dataset
 from texttok_cli.errors import DataError
 
 MAX_REDRAWS = 100  # unreadable images in a row before training gives up
+MAX_THREADS = 16  # that decode images: as many as a GPU that encodes has use for
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,8 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """One pass in order, over all items or those `indices`; unreadable images go to `on_error(id, reason)` and are left out.
 
-    `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on two
-    threads, at most two batches ahead.
+    `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on as
+    many threads as there are processors, up to MAX_THREADS, at most two batches ahead.
     """
 
     def load(index: int) -> tuple[int, Tensor, tuple[int, int], str] | DataError | None:
@@ -228,7 +229,7 @@ def eval_batches(
 
     todo = iter(range(len(dataset)) if indices is None else indices)
     ready: list[tuple[int, Tensor, tuple[int, int], str]] = []
-    pool = ThreadPoolExecutor(2)
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 2, MAX_THREADS))
     try:
         pending = deque((i, pool.submit(load, i)) for i in islice(todo, 2 * batch_size))
         while pending:
