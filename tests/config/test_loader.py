@@ -126,7 +126,7 @@ def test_the_dump_loads_as_the_same_recipe() -> None:
     ("override", "message"),
     [
         ("model.backbone.size=H", "size 'H' is not one of S, B, L, XL"),
-        ("model.latents.num_tokens=65536", "65,536 tokens of width 1,152 are more than any model here"),
+        ("model={latents: {num_tokens: 65536}, backbone: {size: XL}}", "65,536 tokens of width 1,152 are more than any model here"),
         ("model.process.timesteps=20", "timesteps 20 are too few"),
         ("model.condition.dropuot=0.2", "unknown key 'model.condition.dropuot'; did you mean 'dropout'?"),
         ("training.val_images=3", "unknown key 'training.val_images'; did you mean 'val_latents'?"),
