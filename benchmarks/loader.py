@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from itertools import islice
 from pathlib import Path
 
-from texttok_cli.data import TrainLoader, open_dataset
+from texttok_cli.bench.timing import Timer
+from texttok_cli.bench.training import loader_work
+from texttok_cli.data import open_dataset
 
 BATCH, WARM_UP, BATCHES = 32, 4, 60
 STEP_TIME = Path(__file__).parent / "results" / "step_time.json"
@@ -30,14 +30,11 @@ def main() -> None:
     dataset = open_dataset(arguments.inputs, caption_field="measured")
     rates = {}
     for workers in (0, 2):
-        loader = TrainLoader(dataset, image_size=arguments.size, batch_size=BATCH, seed=0, flip=True, workers=workers)
-        batches = loader.batches()
-        for _ in islice(batches, WARM_UP):
-            pass
-        before = time.perf_counter()
-        for _ in islice(batches, BATCHES):
-            pass
-        rates[f"{workers} workers"] = BATCH * BATCHES / (time.perf_counter() - before)
+        work = loader_work(dataset, arguments.size, BATCH, workers=workers)
+        for _ in range(WARM_UP):
+            work()
+        # All batches as one run: workers hand over several at once, so the median of single ones is no rate.
+        rates[f"{workers} workers"] = BATCH * BATCHES / Timer().once(lambda work=work: [work() for _ in range(BATCHES)])
     result: dict[str, object] = {"images": len(dataset), "size": arguments.size, "loader_images_per_s": rates}
     if STEP_TIME.is_file():
         step = BATCH / json.loads(STEP_TIME.read_text())["seconds_a_step"]["baseline-32-128"]

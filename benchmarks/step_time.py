@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from texttok_cli.bench.subjects import Where
+from texttok_cli.bench.timing import Timer
+from texttok_cli.bench.training import bare_tokenizer_step
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.config.schema import TextCondition, TokenizerRecipe
-from texttok_cli.models.condition import Condition
-from texttok_cli.models.tokenizer import TexTok
-from texttok_cli.training.optim import build_optimizers
 
 WARM_UP, STEPS = 3, 15
 
@@ -31,14 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path)
     out = parser.parse_args().out
-    steps = {name: _step(load_recipe(f"tiny/{name}")) for name in ("texttok-32-128", "baseline-32-128")}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + STEPS):
-        for name, step in steps.items():
-            before = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - before)
-    seconds = {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
+    where = Where(torch.device("cpu"), "bf16")
+    steps = {name: bare_tokenizer_step(load_recipe(f"tiny/{name}"), where) for name in ("texttok-32-128", "baseline-32-128")}
+    times = Timer(where.device, warm_up=WARM_UP, repeats=STEPS).in_turns(steps)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     result = {
         "seconds_a_step": seconds,
         "ratio": seconds["texttok-32-128"] / seconds["baseline-32-128"],
@@ -50,30 +43,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _step(recipe: TokenizerRecipe) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = TexTok(recipe.model)
-    optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
-    compiled = torch.compile(model, dynamic=False)
-    n = recipe.training.batch_size
-    images = torch.rand(n, 3, recipe.model.image_size, recipe.model.image_size) * 2 - 1
-    cond = None
-    if isinstance(recipe.model.condition, TextCondition):
-        encoder = recipe.model.condition.encoder
-        lengths = torch.linspace(encoder.max_tokens // 2, encoder.max_tokens, n).long()  # padded, as captions are
-        cond = Condition(torch.randn(n, encoder.max_tokens, encoder.dim), torch.arange(encoder.max_tokens) < lengths[:, None])
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            output, _ = compiled(images, cond)
-        (output.float() - images).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 if __name__ == "__main__":

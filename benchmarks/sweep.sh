@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # An experiment sweep from the shell: tokenizers of several token counts with text and without, each evaluated, all results in one report.
-# Run it again after an interruption: a finished run or report is left alone, an unfinished one goes on.
+# Run it again after an interruption: an unfinished run goes on, a finished one takes no further step, a finished report is left alone.
+# Other keys or images than a run's own are refused: give another OUT.
 #
 #   TRAIN='train-{0000..0015}.tar' VAL=val.tar benchmarks/sweep.sh [key=value ...]
 #
@@ -16,9 +17,7 @@ for tokens in ${TOKENS:-32 64 128 256}; do
   for kind in ${KINDS:-texttok baseline}; do
     name="$kind-$tokens-$size"
     run="$out/$name"
-    if [ ! -f "$run/model.safetensors" ]; then
-      "${launch[@]}" train "tokenizer/$name" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
-    fi
+    "${launch[@]}" train "tokenizer/$name" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
     if [ ! -f "$out/results/$name.json" ]; then
       cp "$run/model.safetensors" "$out/$name.safetensors" # a report calls a model by its file's name
       texttok eval --metric rfid,psnr,ssim --model "$out/$name.safetensors" --data "$VAL" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the grid of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: finished
-# runs are left alone, an unfinished one goes on.
+# Trains the grid of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: an
+# unfinished run goes on, a finished one takes no further step. Other keys or images than its own are refused: give another OUT.
 #
 #   TRAIN='shards/train-{0000..1023}.tar' VAL=shards/val.tar benchmarks/table1.sh [key=value ...]
 #
@@ -13,10 +13,6 @@ for size in ${SIZES:-256 512}; do
   for tokens in ${TOKENS:-32 64 128 256}; do
     for kind in ${KINDS:-texttok baseline}; do
       run="${OUT:-runs/table1}/$kind-$tokens-$size"
-      if [ -f "$run/model.safetensors" ]; then
-        echo "$run: done" >&2
-        continue
-      fi
       "${launch[@]}" train "tokenizer/$kind-$tokens-$size" "data.train=$TRAIN" "data.val=${VAL:-[]}" "$@" --out "$run"
     done
   done

@@ -3,8 +3,9 @@
     python benchmarks/table4a.py --train SHARD... --val SHARD... [-o benchmarks/results/table4a.json] [--keys key=value ...]
 
 Trains `tiny/texttok-32-128` once for each kind of condition, on the same images in the same order, each into its folder of runs/table4a:
-run it again after an interruption. Any key of the recipe can be changed for all of them. The classifier's captions are written first, by
-`texttok caption`, for the training and the held-out images.
+run it again after an interruption. Any key of the recipe can be changed for all of them; where runs of other keys or images
+are, it is refused: move runs/table4a away. The classifier's captions are written first, by `texttok caption`, for the training and the
+held-out images.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ def main() -> None:
     for name, changes in CONDITIONS.items():
         folder = RUNS / name.split(" (")[0].replace(" ", "-")
         data = [f"data.train={json.dumps(arguments.train)}", f"data.val={json.dumps(arguments.val)}", "training.val_images=100000"]
-        if not (folder / "model.safetensors").exists():
-            texttok("train", "tiny/texttok-32-128", *data, *changes, *arguments.keys, "--out", folder)
+        texttok("train", "tiny/texttok-32-128", *data, *changes, *arguments.keys, "--out", folder)  # refuses a folder of another recipe
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in log if "val_psnr" in line][-1]
         images = [line["images"] for line in log if "images" in line][-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,13 @@ def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
     width = max(map(len, result))
     for key, value in result.items():
         stdout.print(Text.assemble((key.replace("_", " ").ljust(width), "bold"), "  ", _readable(value)))
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of as many cells each to stdout, aligned. Whole lines: Rich's tables are no wider than the terminal, and cut names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        stdout.print(Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
 
 
 @contextmanager

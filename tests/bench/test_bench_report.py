@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from texttok_cli.bench import report as report_module
+from texttok_cli.bench.plots import plot_rfid
 from texttok_cli.bench.report import find_results, markdown, page, rfid_by_tokens, target_table, tradeoff_tables, write_report
 from texttok_cli.bench.results import LatencyResult, Target, TradeoffResult, save_result
 from texttok_cli.errors import DataError
+from texttok_cli.metrics.report import Card, Report, Result, save_report
 
 Make = Callable[..., TradeoffResult]
 
@@ -73,9 +77,70 @@ def test_a_target_is_met_or_not(target: Target, cells: list[str], latency_result
     assert table.rows[0][1:4] == cells
 
 
+def rfid(samples: str, value: float, **card: Any) -> Result:
+    """An rFID with a card that says no more than it must."""
+    said: dict[str, Any] = dict.fromkeys(Card.model_fields)
+    said |= {"rule": "rfid", "task": "reconstruction", "samples": samples, "size": 256, "uint8": "rounded", "n": 8, "versions": {}}
+    said |= {"model_sha256": samples, "reference": "val", "resize": "tf1-bilinear"}
+    return Result(metric="rfid", value=value, card=Card.model_validate(said | card))
+
+
 def test_models_named_as_the_recipes_are_make_a_curve() -> None:
-    found = rfid_by_tokens({"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0})
-    assert found == {"texttok, 128 px": {32: 9.0, 64: 7.0}, "baseline, 128 px": {32: 10.0}}
+    values = {"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0}
+    found = rfid_by_tokens([rfid(name, value) for name, value in values.items()])
+    assert found == {"texttok, 128 px": {32: [9.0], 64: [7.0]}, "baseline, 128 px": {32: [10.0]}}
+
+
+def test_a_second_model_of_the_same_name_does_not_replace_the_first() -> None:
+    first, second = rfid("texttok-32-256", 9.0), rfid("texttok-32-256", 8.0, model_sha256="another")
+    assert rfid_by_tokens([first, second, first]) == {"texttok, 256 px": {32: [9.0, 8.0]}}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], int]]:
+    """(file, curves, image size) of each plot of rFID, which is not drawn."""
+    calls: list[tuple[str, dict[str, Any], int]] = []
+
+    def plot(curves: dict[str, Any], path: Path, *, caption: str, image_size: int) -> list[Path]:
+        calls.append((path.name, curves, image_size))
+        path.with_suffix(".png").write_bytes(b"PNG")
+        return [path.with_suffix(".png")]
+
+    monkeypatch.setattr(report_module, "plot_rfid", plot)
+    return calls
+
+
+def test_numbers_of_unlike_protocols_are_in_plots_of_their_own(drawn: list[Any], tmp_path: Path) -> None:
+    results = {
+        "a": rfid("texttok-32-256", 9.0),
+        "b": rfid("texttok-64-256", 7.0),
+        "c": rfid("texttok-128-256", 5.0, resize="clean"),
+        "d": rfid("texttok-32-512", 6.0, size=512),
+    }
+    for name, result in results.items():
+        save_report(tmp_path / "in" / f"{name}.json", Report(results=[result]))
+    (tmp_path / "out").mkdir()
+    write_report(find_results([tmp_path / "in"]), tmp_path / "out")
+    assert drawn == [
+        ("rfid", {"texttok, 256 px": {32: [9.0], 64: [7.0]}}, 256),
+        ("rfid-2", {"texttok, 256 px": {128: [5.0]}}, 256),
+        ("rfid-3", {"texttok, 512 px": {32: [6.0]}}, 512),
+    ]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "as they differ in size 256, resize clean" in text and "| texttok, 256 px | 9 | 7 |" in text
+
+
+@pytest.mark.parametrize(("size", "beside"), [(512, 512), (256, 256), (128, 256)])
+def test_the_paper_s_table_is_that_of_the_models_size(size: int, beside: int, tmp_path: Path) -> None:
+    curves = {f"texttok, {size} px": {32: [9.0, 8.0], 64: [7.0]}}
+    [_, svg] = plot_rfid(curves, tmp_path / "rfid", caption="8 images", image_size=size)
+    assert f"Table 1, ImageNet {beside} x {beside}" in svg.read_text()  # matplotlib names each text in a comment
+
+
+def test_a_sweep_is_drawn_again_with_the_same_panel(tradeoff_result: Make, tmp_path: Path) -> None:
+    save_result(tmp_path / "sweep.json", tradeoff_result(("A", 50, 0.5, 5.0), tokens={"A": 32}, paper_size=512))
+    write_report(find_results([tmp_path / "sweep.json"]), tmp_path / "out")
+    assert "ImageNet 512 x 512" in (tmp_path / "out" / "sweep.svg").read_text()
 
 
 def test_what_is_damaged_or_not_there_is_one_line(latency_result: LatencyResult, tmp_path: Path) -> None:
@@ -86,12 +151,24 @@ def test_what_is_damaged_or_not_there_is_one_line(latency_result: LatencyResult,
     (tmp_path / "a.json").write_text(json.dumps(broken))
     with pytest.raises(DataError, match=r"a\.json: latency\.rows\.0\.part: Field required"):
         find_results([tmp_path])
-    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "a.json").write_text(json.dumps(latency_result.model_dump(mode="json") | {"texttok_bench": 2}))
+    with pytest.raises(DataError, match=r"a\.json: texttok_bench is 2, this texttok reads 1; update texttok"):
+        find_results([tmp_path])
+    (tmp_path / "a.json").write_text("{")
     with pytest.raises(DataError, match="no JSON object"):
         find_results([tmp_path])
     (tmp_path / "a.json").unlink()
     with pytest.raises(DataError, match="no results"):
         write_report(find_results([tmp_path]), tmp_path)
+
+
+def test_a_list_is_left_out_of_a_folder_and_refused_by_name(latency_result: LatencyResult, tmp_path: Path) -> None:
+    save_result(tmp_path / "cpu.json", latency_result)
+    (tmp_path / "list.json").write_text("[1]")
+    found = find_results([tmp_path])
+    assert (list(found.latency), [path.name for path in found.unknown]) == (["cpu"], ["list.json"])
+    with pytest.raises(DataError, match="no JSON object"):
+        find_results([tmp_path, tmp_path / "list.json"])
 
 
 def test_pages_of_nothing_but_text_need_no_picture(latency_result: LatencyResult) -> None:

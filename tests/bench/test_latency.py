@@ -207,4 +207,4 @@ def test_sd_vae_has_its_size_and_shapes() -> None:
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
     assert weights_bytes(untrained_sd_vae, 1) == pytest.approx(83.65e6, rel=0.001)  # 84 M, Table 2
-    assert generate.sd_vae_decoder(1, 64, CPU)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]
+    assert generate.sd_vae_work("decode", 64, CPU)(1)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]

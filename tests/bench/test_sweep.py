@@ -1,5 +1,6 @@
 """A sweep with small systems: points measured, kept and gone on with, and images of one number that no batch changes."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from texttok_cli.bench.sweep import sweep
 from texttok_cli.bench.systems import OriginalDiT, TexTokSystem, open_system
 from texttok_cli.bench.tradeoff import Series, Setting, Spec
 from texttok_cli.config.schema import GeneratorConfig
-from texttok_cli.errors import DataError, RecipeError
+from texttok_cli.errors import DataError, RecipeError, TextTokError
 from texttok_cli.metrics.inception import Features
 from texttok_cli.models.dit import DiT
 
@@ -112,6 +113,45 @@ def test_what_can_t_be_sampled_is_said_before_anything_is(generator: Path, model
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generator": "none.safetensors"}, "none.safetensors"),
+        ({"sampler": "heun"}, "B: sampler 'heun' is none of those of a ddpm model"),
+        ({"steps": 5000}, "B: steps 5000"),
+        ({"prompts": "none.txt"}, "leave out prompts"),
+    ],
+)
+def test_a_later_series_is_looked_at_before_the_first_point(
+    change: dict[str, Any], message: str, generator: Path, models: Path, references: Path, tmp_path: Path
+) -> None:
+    first = make_spec(generator, models).series[0].model_dump(mode="json")
+    spec = make_spec(generator, models, series=[first, {**first, "name": "B", **change}])
+    with pytest.raises(TextTokError, match=message):
+        run(spec, references, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_system_is_gone_before_the_next_is_opened_and_opened_only_for_what_is_missing(
+    generator: Path, models: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[systems.System]] = []
+
+    def spied(series: Series, **options: Any) -> systems.System:
+        assert [ref() for ref in opened] == [None] * len(opened)
+        system = open_system(series, **options)
+        opened.append(weakref.ref(system))
+        return system
+
+    monkeypatch.setattr(sweep_module, "open_system", spied)
+    first = make_spec(generator, models).series[0].model_dump(mode="json")
+    spec = make_spec(generator, models, series=[first, {**first, "name": "B"}])
+    result, _ = run(spec, references, tmp_path / "out")
+    assert len(opened) == 4 and len(result.points) == 4  # looked at, then measured
+    run(spec, references, tmp_path / "out")
+    assert len(opened) == 6  # looked at
+
+
 def series(generator: Path | str, **changes: Any) -> Series:
     return Series.model_validate({"name": "A", "generator": str(generator), "steps": 2, "sampler": "ddim", "cfg": "2", **changes})
 
@@ -187,3 +227,7 @@ def test_the_original_dit_is_a_system_too(tmp_path: Path, monkeypatch: pytest.Mo
     check_batches_don_t_matter(system)
     with pytest.raises(DataError, match="is not SD-VAE"):
         opened(series(f"baseline:dit={tmp_path / 'DiT.pt'}", tokenizer="baseline:taesd=x"))
+    given = {"labels": "proportional", "captions": "c.jsonl", "prompts": "p.txt"}
+    for key, named in (("labels", "labels: proportional"), ("captions", "captions"), ("prompts", "prompts")):
+        with pytest.raises(DataError, match=f"leave out {named}$"):
+            opened(series(f"baseline:dit={tmp_path / 'DiT.pt'}", **{key: given[key]}))

@@ -1,6 +1,5 @@
 """What is compared does the same work, and a ratio that can't be had here does not end the run."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +53,10 @@ def test_the_generator_s_bare_step_is_of_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_program_that_fails_is_no_time() -> None:
-    assert program._seconds("-c", "import time; time.sleep(0.2)") > 0.2
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(BackendError, match="failed: exit code 3"):
         program._seconds("-c", "raise SystemExit(3)")
+    with pytest.raises(BackendError, match=r"failed: .*no weights$") as caught:
+        program._seconds("-c", "raise OSError('no weights')")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BackendError, match=r"failed: none\.png: "):  # the program's own line, without a traceback of ours behind it
+        program._peak("encode", "none.png", "--quiet")

@@ -48,8 +48,11 @@ def test_a_row_is_kept_when_the_next_one_fails(texttok: Run, tmp_path: Path, mon
 
     monkeypatch.setattr(latency_module, "latency", rows)
     out = tmp_path / "cpu.json"
-    assert texttok("bench", "latency", "-o", out, "--device", "cpu").code != 0
+    done = texttok("bench", "latency", "-o", out, "--device", "cpu")
+    assert done.code != 0 and "T5-XL" in done.out
     assert [row["system"] for row in json.loads(out.read_text())["rows"]] == ["T5-XL"]
+    as_json = texttok("bench", "latency", "--device", "cpu", "--json")
+    assert as_json.code != 0 and json.loads(as_json.out)["rows"][0]["system"] == "T5-XL"
 
 
 def test_targets_are_a_table_of_their_own(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +70,18 @@ def test_targets_are_a_table_of_their_own(texttok: Run, monkeypatch: pytest.Monk
         (("--tokens", "32,x"), "--tokens 32,x: not whole numbers"),
         (("--tokens", "0"), "--tokens 0: must be at least 1"),
         (("--image-size", "128"), "--image-size 128: must be 256 or 512"),
-        (("--cfg", "x", "--part", "generate"), "'x' is not a number"),
+        (("--cfg", "x"), "'x' is not a number"),
+        (("--sampler", "euler"), "sampler 'euler' is none of those of a ddpm model: ddpm"),
+        (("--steps", "5000"), "at most 1000 steps"),
+        (("--tokens", "48"), "tokenizer/texttok-48-256: no such recipe"),
+        (("--targets", "--part", "text", "--image-size", "256"), "leave out --part, --image-size"),
+        (("--targets", "--sampler", "euler"), "sampler 'euler' is none"),
     ],
 )
-def test_a_mistake_is_one_line(options: tuple[str, ...], message: str, texttok: Run) -> None:
+def test_a_mistake_is_one_line(options: tuple[str, ...], message: str, texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And said before anything is timed."""
+    monkeypatch.setattr(latency_module, "latency", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(targets_module, "targets", lambda *_: pytest.fail("timed"))
     done = texttok("bench", "latency", *options, "--device", "cpu", "--quiet")
     assert done.code == 1 and message in done.err and done.err.count("\n") == 1
 

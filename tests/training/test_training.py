@@ -234,6 +234,7 @@ def test_a_run_does_not_go_on_with_other_data(recipe_file: RecipeFile, tmp_path:
     images = shutil.copytree(pictures, tmp_path / "images")
     recipe = recipe_file(data={"train": [str(images)]})
     train(recipe, tmp_path / "run", "training.save_every=1")
+    (tmp_path / "run" / "model.safetensors").unlink()  # else the run is finished
     next(images.rglob("*.png")).unlink()
     with pytest.raises(TrainingError, match=r"was trained on \d+ examples, now there are \d+"):
         train(recipe, tmp_path / "run", "training.save_every=1")
@@ -245,6 +246,7 @@ def test_a_validation_that_was_cut_off_is_made_when_the_run_goes_on(recipe_file:
     whole = metrics(tmp_path / "run", "val_psnr")
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if "val_" not in line))
+    (tmp_path / "run" / "model.safetensors").unlink()
     train(recipe, tmp_path / "run")
     assert metrics(tmp_path / "run", "val_psnr") == whole[-1:]
 
@@ -255,6 +257,17 @@ def test_a_signal_to_the_process_group_does_not_reach_the_workers(pictures: Path
         next(batches)
     groups = [os.getpgid(int(worker.pid or 0)) for worker in multiprocessing.active_children()]
     assert len(groups) == 2 and os.getpgid(0) not in groups
+
+
+def test_a_finished_run_is_left_alone(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run")
+    model = tmp_path / "run" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "run" / "state")
+    assert run_training(load_recipe(str(recipe_file())), tmp_path / "run", QUIET, offline=True, device="cpu") == model
+    assert model.stat().st_mtime_ns == before
+    with pytest.raises(RecipeError, match=r"schedule\.steps.*another --out"):
+        train(recipe_file(), tmp_path / "run", "schedule.steps=9")
 
 
 def test_classes_that_are_numbers_keep_them() -> None:

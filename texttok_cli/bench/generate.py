@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,8 @@ from texttok_cli.bench.subjects import (
 )
 from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
-from texttok_cli.diffusion import parse_cfg, sample
+from texttok_cli.diffusion import FITTING, build_process, parse_cfg, sample
+from texttok_cli.errors import RecipeError
 from texttok_cli.models.dit import DiT
 
 MEASURED_STEPS = 2  # of a run on a CPU, of all its steps
@@ -66,6 +67,16 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
         return lambda batch: guided_sampling(dit, batch, Sampling(measured, task.sampler, task.guidance), where)
 
     yield from task.time_batches(row, rows, weights_bytes(partial(DiT, cfg), where.element), activations, build)
+
+
+def check_sampling(cfg: GeneratorConfig, sampling: Sampling) -> None:
+    """RecipeError for what `sample` would refuse of this model: before hours are spent on other settings."""
+    fitting = FITTING[cfg.process.kind]
+    if sampling.sampler not in fitting:
+        raise RecipeError(f"sampler {sampling.sampler!r} is none of those of a {cfg.process.kind} model: {', '.join(fitting)}")
+    guidance, schedule = parse_cfg(sampling.guidance), build_process(cfg.process).schedule(sampling.steps)
+    if cfg.condition.dropout == 0 and any(guidance.weight(fraction) != 1 for fraction in schedule.fractions):
+        raise RecipeError(f"cfg {sampling.guidance}: the model never saw the null condition (its condition.dropout is 0): take cfg 1")
 
 
 def sequence_length(cfg: GeneratorConfig) -> int:
@@ -124,16 +135,21 @@ def _num_classes(dit: DiT) -> int:
     return dit.cfg.condition.num_classes
 
 
-def sd_vae_decoder(batch: int, image_size: int, where: Where) -> Work:
-    """SD-VAE's decoder. BackendError without diffusers."""
+def sd_vae_work(part: Literal["encode", "decode"], image_size: int, where: Where) -> Callable[[int], Work]:
+    """SD-VAE, and by the number of images what a half of it does. BackendError without diffusers."""
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
     model: Any = materialize(untrained_sd_vae, where)
-    z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
 
-    @torch.inference_mode()
-    def decode() -> object:
-        with where.autocast():
-            return model.decode(z).sample
+    def work(batch: int) -> Work:
+        images = torch.rand(batch, 3, image_size, image_size, device=where.device) * 2 - 1
+        z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
 
-    return decode
+        @torch.inference_mode()
+        def run() -> object:
+            with where.autocast():
+                return model.encode(images).latent_dist.mode() if part == "encode" else model.decode(z).sample
+
+        return run
+
+    return work

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import nn
 
-from texttok_cli.bench.generate import generation_rows
+from texttok_cli.bench.generate import Sampling, check_sampling, generation_rows, sd_vae_work
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import (
     PATCH_OF_SIZE,
@@ -26,6 +26,7 @@ from texttok_cli.bench.subjects import (
     Kind,
     convolution_bytes,
     forward_bytes,
+    generator_config,
     materialize,
     rows_of,
     text_states,
@@ -34,7 +35,7 @@ from texttok_cli.bench.subjects import (
 )
 from texttok_cli.bench.task import Task, Work
 from texttok_cli.bench.timing import spread_of
-from texttok_cli.bench.training import loader_work, training_rows
+from texttok_cli.bench.training import loader_work, recipes, training_rows
 from texttok_cli.data import eval_batches, open_dataset
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
@@ -43,6 +44,15 @@ from texttok_cli.models.tokenizer import TexTok
 
 Part = Literal["text", "encode", "decode", "generate", "load", "train", "eval", "caption"]
 KINDS: tuple[Kind, ...] = ("TexTok", "Baseline")
+
+
+def check(task: Task, parts: Sequence[Part]) -> None:
+    """RecipeError for a sampling that can't be and a recipe that there is not, before anything is timed."""
+    if "generate" in parts:
+        check_sampling(generator_config(task.generator, task.tokens[0]), Sampling(task.steps, task.sampler, task.guidance))
+    if "train" in parts:
+        for _ in recipes(task):
+            pass
 
 
 def latency(task: Task, parts: Sequence[Part]) -> Iterator[Row]:
@@ -123,31 +133,16 @@ def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: 
 def _sd_vae(task: Task, part: Literal["encode", "decode"], size: int) -> Iterator[Row]:
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
-    where = task.where
     row = Row(part=part, system=SD_VAE, image_size=size, tokens=(size // 8) ** 2)
-
-    def build() -> Callable[[int], Work]:
-        model: Any = materialize(untrained_sd_vae, where)
-
-        def work(batch: int) -> Work:
-            images = torch.rand(batch, 3, size, size, device=where.device) * 2 - 1
-            z = torch.randn(batch, 4, size // 8, size // 8, device=where.device)
-
-            @torch.inference_mode()
-            def run() -> object:
-                with where.autocast():
-                    return model.encode(images).latent_dist.mode() if part == "encode" else model.decode(z).sample
-
-            return run
-
-        return work
 
     try:
         weights = weights_bytes(untrained_sd_vae, 4)
     except BackendError as err:
         yield skipped(row, str(err))
         return
-    yield from task.time_batches(row, size**2, weights, lambda batch: convolution_bytes(batch, size), build)
+    yield from task.time_batches(
+        row, size**2, weights, lambda batch: convolution_bytes(batch, size), partial(sd_vae_work, part, size, task.where)
+    )
 
 
 # ------------------------------------------------------------------ host and metrics
@@ -176,7 +171,7 @@ def _load(task: Task) -> Iterator[Row]:
     yield task.timed(Row(part="load", system="write", image_size=SAMPLE_SIDE, batch=len(pictures), note="PNG, to memory"), write)
     for batch in task.batches:
         row = Row(part="load", system="training loader", image_size=SAMPLE_SIDE, batch=batch, note=f"{note}, random order, no workers")
-        yield task.timed(row, loader_work(SAMPLE_SET, SAMPLE_SIDE, batch))
+        yield task.timed(row, loader_work(dataset, SAMPLE_SIDE, batch))
 
 
 def _eval(task: Task) -> Iterator[Row]:

@@ -13,11 +13,10 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from texttok_cli import __version__
 from texttok_cli.bench.timing import Clock
 from texttok_cli.config.schema import Config
+from texttok_cli.metrics.report import versions
 
-PACKAGES = ("torch", "numpy", "pillow", "transformers")
 BUSY_LOAD = 0.5  # processes that wanted a core, on average over the last minute, before we began
 
 
@@ -51,7 +50,7 @@ def describe(device: torch.device, *, clock: Clock) -> Machine:
         clock=clock,
         system=f"{platform.system()} {platform.machine()}",
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        versions={"texttok": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions=versions() | {"transformers": version("transformers")},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from texttok_cli.bench import paper
@@ -20,7 +21,7 @@ FORMATS = ("png", "svg")
 MARKERS = "osD^vP*X"
 
 
-def plot_tradeoff(result: TradeoffResult, path: Path, *, paper_size: int = 256) -> list[Path]:
+def plot_tradeoff(result: TradeoffResult, path: Path) -> list[Path]:
     """FID over seconds an image (logarithmic) of every series, its Pareto front drawn as a line, as `path`.png and .svg."""
 
     def ours(axes: Axes) -> None:
@@ -36,22 +37,27 @@ def plot_tradeoff(result: TradeoffResult, path: Path, *, paper_size: int = 256) 
             axes.text(chosen.seconds, chosen.fid, f" {summary.speedup.value:.3g}x", va="bottom", color="0.3")
 
     def theirs(axes: Axes) -> None:
-        _curves(axes, paper.points(paper_size))
-        axes.set_title(f"{paper.POINTS_CAPTION}\nImageNet {paper_size} x {paper_size}", fontsize=8)
+        _curves(axes, paper.points(result.paper_size))
+        axes.set_title(f"{paper.POINTS_CAPTION}\nImageNet {result.paper_size} x {result.paper_size}", fontsize=8)
 
     return _draw(path, [ours, theirs])
 
 
-def plot_rfid(measured: Mapping[str, Mapping[int, float]], path: Path, *, caption: str, paper_size: int = 256) -> list[Path]:
-    """Reconstruction FID over the number of tokens (Fig. 3): ours by name, and the paper's Table 1 beside it."""
+def plot_rfid(measured: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, caption: str, image_size: int) -> list[Path]:
+    """Reconstruction FID over the number of tokens (Fig. 3): ours by name, and the paper's Table 1 beside it.
+
+    Of a size that the paper does not have, its smaller one stands there; its panel says so.
+    """
+    size = image_size if image_size in paper.SIZES else min(paper.SIZES)
 
     def ours(axes: Axes) -> None:
         _by_tokens(axes, measured)
         axes.set_title(f"measured: {caption}", fontsize=8)
 
     def theirs(axes: Axes) -> None:
-        _by_tokens(axes, {name: paper.column("table1", "rFID", name, paper_size) for name in ("Baseline", "TexTok")})
-        axes.set_title(f"the paper's: Table 1, ImageNet {paper_size} x {paper_size}", fontsize=8)
+        table = {name: paper.column("table1", "rFID", name, size) for name in ("Baseline", "TexTok")}
+        _by_tokens(axes, {name: {tokens: [value] for tokens, value in found.items()} for name, found in table.items()})
+        axes.set_title(f"the paper's: Table 1, ImageNet {size} x {size}", fontsize=8)
 
     return _draw(path, [ours, theirs])
 
@@ -71,10 +77,12 @@ def _curves(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
     axes.set_ylabel("FID")
 
 
-def _by_tokens(axes: Axes, values: Mapping[str, Mapping[int, float]]) -> None:
+def _by_tokens(axes: Axes, values: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
+    """A mark for each value, and a line through the mean of each number of tokens."""
     for name, found in values.items():
         tokens = sorted(found)
-        axes.plot(tokens, [found[n] for n in tokens], marker="o", label=name)
+        [line] = axes.plot(tokens, [fmean(found[n]) for n in tokens], label=name)
+        axes.plot([n for n in tokens for _ in found[n]], [value for n in tokens for value in found[n]], "o", color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("tokens")

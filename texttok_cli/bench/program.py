@@ -15,6 +15,7 @@ from PIL import Image
 from texttok_cli.bench.results import Target
 from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import median_ratio, spread_of
+from texttok_cli.errors import BackendError
 
 RUNS = 5
 SIDE = 128
@@ -36,7 +37,8 @@ sys.argv = ["texttok", *sys.argv[1:]]
 try:
     main()
 except SystemExit as stop:
-    assert not stop.code
+    if stop.code:
+        raise
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 
@@ -85,13 +87,21 @@ def memory(task: Task) -> Iterator[Target]:
 
 
 def _seconds(*arguments: str) -> float:
-    """Of a process of this Python, which must succeed."""
+    """Of a process of this Python."""
     before = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    _run(*arguments)
     return time.perf_counter() - before
 
 
 def _peak(*arguments: str) -> int:
     """Most memory of `texttok ARGUMENTS`, in the system's unit (kB on Linux)."""
-    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, capture_output=True, text=True)
-    return int(done.stderr.split()[-1])
+    return int(_run("-c", PEAK, *arguments).split()[-1])
+
+
+def _run(*arguments: str) -> str:
+    """What a process of this Python writes to stderr. BackendError with the last line of that if it fails."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BackendError(f"a process to be timed failed: {said[-1].removeprefix('texttok: ')}")
+    return done.stderr

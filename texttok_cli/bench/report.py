@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from texttok_cli.bench.results import KEY, LatencyResult, Row, Target, TradeoffR
 from texttok_cli.bench.tradeoff import summarize, text_gain
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, read_json_object
-from texttok_cli.metrics.report import Report, load_report
+from texttok_cli.metrics.report import MUST_AGREE, Report, Result, load_report
 
 Cell = str
+Curves = dict[str, dict[int, list[float]]]  # rFIDs by number of tokens, for each kind of model
 MISSING = "-"
 
 
@@ -48,6 +50,9 @@ def find_results(inputs: Sequence[Path]) -> Found:
     """Of files, and of all .json within folders. DataError for a result that is damaged, and for a path that is not there."""
     found = Found()
     for path in sorted({file for given in inputs for file in _files(given)}):
+        if path not in inputs and _is_list(path):
+            found.unknown.append(path)
+            continue
         value = read_json_object(path, kind="result", error=DataError)
         if KEY in value:
             result = parse_result(path, value)
@@ -58,6 +63,14 @@ def find_results(inputs: Sequence[Path]) -> Found:
         else:
             found.unknown.append(path)
     return found
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is JSON and no object: of another kind, where a damaged file may be a result."""
+    try:
+        return not isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError, OSError):
+        return False
 
 
 def _free_name(path: Path, taken: Container[str]) -> str:
@@ -180,31 +193,56 @@ def _tradeoff_tables(found: Found, out: Path) -> list[Table]:
 def _evaluation_tables(found: Found, out: Path) -> list[Table]:
     if not found.evaluations:
         return []
-    rows, rfid = [], {}
+    rows = []
     for name, report in found.evaluations.items():
         for result in report.results:
             value = MISSING if result.value is None else f"{result.value:.4g}"
             card = result.card
             rows.append([name, card.samples, result.metric, value, f"{card.n:,}", card.reference or MISSING, "; ".join(result.warnings)])
-            if result.metric == "rfid" and result.value is not None:
-                rfid[card.samples] = (result.value, card.n, card.reference, card.reference_sha256)
     table = Table("Evaluations", ["report", "samples", "metric", "value", "n", "references", "warnings"], rows)
-    curves = rfid_by_tokens({name: values[0] for name, values in rfid.items()})
-    protocols = {values[1:] for values in rfid.values()}
-    if curves and len(protocols) == 1:  # numbers of unlike sets are not drawn into one plot
-        [(n, reference, _)] = protocols
-        table.picture = plot_rfid(curves, out / "rfid", caption=f"{n:,} images of {reference}")[0]
-    return [table]
+    return [table, *_rfid_tables([result for report in found.evaluations.values() for result in report.results], out)]
 
 
-def rfid_by_tokens(values: dict[str, float]) -> dict[str, dict[int, float]]:
-    """Of models called KIND-TOKENS-SIZE, as the recipes are: rFID by number of tokens for each KIND-SIZE."""
-    curves: dict[str, dict[int, float]] = {}
-    for name, value in values.items():
+def _rfid_tables(results: Sequence[Result], out: Path) -> list[Table]:
+    """Numbers that may be compared, each set of them as a table and a plot of its own."""
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        if result.metric == "rfid":
+            groups.setdefault(tuple(getattr(result.card, name) for name in MUST_AGREE), []).append(result)
+    curves = {protocol: rfid_by_tokens(group) for protocol, group in groups.items()}
+    drawn = [protocol for protocol in groups if curves[protocol]]
+    tables = []
+    for number, protocol in enumerate(drawn, 1):
+        card = groups[protocol][0].card
+        unlike = [name for name, values in zip(MUST_AGREE, zip(*drawn, strict=True), strict=True) if len(set(values)) > 1]
+        said = ", ".join(f"{name} {getattr(card, name)}" for name in unlike)
+        name, caption = "rfid" if number == 1 else f"rfid-{number}", f"{card.n:,} images of {card.reference}, {card.size} px"
+        [picture, *_] = plot_rfid(curves[protocol], out / name, caption=caption, image_size=card.size)
+        table = _curve_table(f"rFID by number of tokens: {caption}", curves[protocol])
+        tables.append(
+            replace(table, remark=f"apart from the other plots of rFID, as they differ in {said}" if said else "", picture=picture)
+        )
+    return tables
+
+
+def _curve_table(title: str, curves: Curves) -> Table:
+    tokens = sorted({n for curve in curves.values() for n in curve})
+    rows = [[name, *(", ".join(f"{value:.4g}" for value in curve.get(n, [])) or MISSING for n in tokens)] for name, curve in curves.items()]
+    return Table(title, ["models", *map(str, tokens)], rows)
+
+
+def rfid_by_tokens(results: Sequence[Result]) -> Curves:
+    """Of models called KIND-TOKENS-SIZE, as the recipes are: rFIDs by number of tokens for each KIND-SIZE.
+
+    Several models of one name, as of two runs, are several values.
+    """
+    curves: Curves = {}
+    measured = dict.fromkeys((r.card.samples, r.card.model_sha256, r.value) for r in results)  # the same number may be in two reports
+    for name, _, value in measured:
         kind, _, rest = name.partition("-")
         tokens, _, size = rest.partition("-")
-        if tokens.isdigit() and size.isdigit():
-            curves.setdefault(f"{kind}, {size} px", {})[int(tokens)] = value
+        if tokens.isdigit() and size.isdigit() and value is not None:
+            curves.setdefault(f"{kind}, {size} px", {}).setdefault(int(tokens), []).append(value)
     return curves
 
 

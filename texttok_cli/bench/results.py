@@ -15,6 +15,10 @@ from texttok_cli.errors import DataError
 from texttok_cli.files import write_json
 
 KEY = "texttok_bench"  # its value is the format's version
+FORMAT: Literal[1] = 1
+
+
+PaperSize = Literal[256, 512]
 
 
 class Row(Config):
@@ -58,7 +62,7 @@ class Target(Config):
 class LatencyResult(Config):
     """What `texttok bench latency` measured in one run."""
 
-    texttok_bench: Literal[1] = 1
+    texttok_bench: Literal[1] = FORMAT
     kind: Literal["latency"] = "latency"
     weights: str  # whose
     precision: str
@@ -82,7 +86,7 @@ class PointResult(Config):
 class TradeoffResult(Config):
     """A speed/quality curve."""
 
-    texttok_bench: Literal[1] = 1
+    texttok_bench: Literal[1] = FORMAT
     kind: Literal["tradeoff"] = "tradeoff"
     name: str
     machine: Machine
@@ -90,6 +94,7 @@ class TradeoffResult(Config):
     protocol: dict[str, str | int | float | None]  # of the FID
     tokens: dict[str, int]  # of each series
     points: list[PointResult]
+    paper_size: PaperSize = 256  # which of the paper's curves is drawn beside ours
 
 
 Result = Annotated[LatencyResult | TradeoffResult, Field(discriminator="kind")]
@@ -102,7 +107,9 @@ def save_result(path: Path, result: LatencyResult | TradeoffResult) -> None:
 
 
 def parse_result(path: Path, value: Mapping[str, object]) -> LatencyResult | TradeoffResult:
-    """A benchmark's result, checked. DataError names the first field that is wrong."""
+    """A benchmark's result, checked. DataError for another version, and names the first field that is wrong."""
+    if value[KEY] != FORMAT:
+        raise DataError(f"{path}: {KEY} is {str(value[KEY])[:20]}, this texttok reads {FORMAT}; update texttok")
     try:
         return _RESULT.validate_python(value)
     except ValidationError as err:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from texttok_cli.bench.generate import Sampling, check_sampling
 from texttok_cli.bench.machine import describe
-from texttok_cli.bench.results import PointResult, TradeoffResult
-from texttok_cli.bench.systems import open_system
+from texttok_cli.bench.results import PaperSize, PointResult, TradeoffResult
+from texttok_cli.bench.systems import System, open_system
 from texttok_cli.bench.timing import Timer
-from texttok_cli.bench.tradeoff import PointStore, Score, Spec, measure_point, settings
+from texttok_cli.bench.tradeoff import PointStore, Score, Series, Setting, Spec, measure_point, settings
 from texttok_cli.data import open_dataset
 from texttok_cli.diffusion import SAMPLERS, parse_cfg
 from texttok_cli.errors import DataError, RecipeError
@@ -27,7 +30,15 @@ OnPoint = Callable[[int, int, str], None]  # points done, points in all, what wa
 
 
 def sweep(
-    spec: Spec, ref: str, out: Path, *, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool = False, on_point: OnPoint
+    spec: Spec,
+    ref: str,
+    out: Path,
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+    offline: bool = False,
+    paper_size: PaperSize = 256,
+    on_point: OnPoint,
 ) -> TradeoffResult:
     """Measure every point of the spec that is not in OUT/points yet, against the references `ref`.
 
@@ -46,33 +57,75 @@ def sweep(
         "precision": precision,
         "machine": [machine.device, machine.name, machine.threads],
     }
+    opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
     total = sum(len(settings(series)) for series in spec.series)
-    points: list[PointResult] = []
-    tokens: dict[str, int] = {}
     on_point(0, total, "")
+    looked = {series.name: _look(series, opener) for series in spec.series}
+
+    def measure(system: System, setting: Setting) -> PointResult:
+        score = _score(network, device, references.at(system.image_size))
+        return measure_point(setting, system.sample, score, timer, images=spec.images, batch_size=spec.batch_size)
+
+    points: list[PointResult] = []
     for series in spec.series:
-        system = open_system(series, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
-        tokens[series.name] = system.tokens
-        identity = common | dict(system.identity) | {"labels": series.labels}
-        for setting in settings(series):
-            point = store.load(setting, identity)
-            if point is None:
-                score = _score(network, device, references.at(system.image_size))
-                point = measure_point(setting, system.sample, score, timer, images=spec.images, batch_size=spec.batch_size)
-                store.save(setting, identity, point)
+        identity = common | looked[series.name].identity | {"labels": series.labels}
+        for point in _points(series, opener, store, identity, measure):
             points.append(point)
-            on_point(len(points), total, f"{series.name}, {setting.steps} steps: FID {point.fid:.2f}")
-    protocol = _protocol(spec, network, references, precision)
-    return TradeoffResult(name=spec.name, machine=machine, reference=spec.reference, protocol=protocol, tokens=tokens, points=points)
+            on_point(len(points), total, f"{series.name}, {point.steps} steps: FID {point.fid:.2f}")
+    return TradeoffResult(
+        name=spec.name,
+        machine=machine,
+        reference=spec.reference,
+        protocol=_protocol(spec, network, references, precision),
+        tokens={name: facts.tokens for name, facts in looked.items()},
+        points=points,
+        paper_size=paper_size,
+    )
 
 
 def _check_settings(spec: Spec) -> None:
-    """RecipeError for a sampler or a guidance that there is not, before hours are spent on the others."""
+    """RecipeError for a sampler or a guidance that there is not, before any file is read."""
     for series in spec.series:
         for setting in settings(series):
             parse_cfg(setting.cfg)
             if setting.sampler not in SAMPLERS:
                 raise RecipeError(f"{series.name}: sampler {setting.sampler!r} is none of {', '.join(SAMPLERS)}")
+
+
+Opener = Callable[[Series], System]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is known of a system once it was opened."""
+
+    tokens: int
+    identity: dict[str, object]
+
+
+def _look(series: Series, opener: Opener) -> _Facts:
+    """Open it and let go of it: what is not to be had, and a setting that it can't take, is said before hours are spent on others."""
+    system = opener(series)
+    for setting in settings(series):
+        try:
+            check_sampling(system.config, Sampling(setting.steps, setting.sampler, setting.cfg))
+        except RecipeError as err:
+            raise RecipeError(f"{series.name}: {err}") from None
+    return _Facts(system.tokens, dict(system.identity))
+
+
+def _points(
+    series: Series, opener: Opener, store: PointStore, identity: dict[str, object], measure: Callable[[System, Setting], PointResult]
+) -> Iterator[PointResult]:
+    """All of one series, whose system is opened if a point is missing, and is gone with the last one: the next may need its memory."""
+    system: System | None = None
+    for setting in settings(series):
+        point = store.load(setting, identity)
+        if point is None:
+            system = system or opener(series)
+            point = measure(system, setting)
+            store.save(setting, identity, point)
+        yield point
 
 
 def _protocol(spec: Spec, network: FidInception, references: _References, precision: str) -> dict[str, str | int | float | None]:

@@ -16,7 +16,7 @@ from texttok_cli.baselines import PREFIX, SDVAE, load_baseline
 from texttok_cli.baselines.base import FACTOR
 from texttok_cli.baselines.dit import load_dit
 from texttok_cli.bench.tradeoff import Series, Setting
-from texttok_cli.config.schema import ClassLabels, GridLatents, TokenLatents
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents, TokenLatents
 from texttok_cli.data.labels import spread_labels
 from texttok_cli.data.texts import read_prompts
 from texttok_cli.diffusion import parse_cfg, sample
@@ -33,6 +33,7 @@ class System(Protocol):
 
     tokens: int  # latent vectors of an image
     image_size: int
+    config: GeneratorConfig
     identity: Mapping[str, object]  # all that its images hang on
 
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
@@ -65,7 +66,8 @@ class TexTokSystem:
             precision=precision,
             offline=offline,
         )
-        latents = self.generator.dit.cfg.latents
+        self.config = self.generator.dit.cfg
+        latents = self.config.latents
         assert isinstance(latents, TokenLatents)
         self.tokens, self.image_size = latents.num_tokens, self.generator.tokenizer.cfg.image_size
         self.requests = _requests(self.generator, series, range(seed, seed + images))
@@ -105,12 +107,17 @@ class OriginalDiT:
     def __init__(
         self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
     ) -> None:
+        given = {"labels: proportional": series.labels != "equal", "captions": series.captions, "prompts": series.prompts}
+        unknown = [key for key, value in given.items() if value]
+        if unknown:
+            raise DataError(f"{series.name}: the original DiT takes classes, of each equally many: leave out {', '.join(unknown)}")
         path = Path(series.generator.removeprefix(ORIGINAL))
         decoder = load_baseline(series.tokenizer or f"{PREFIX}sd-vae", device=device, offline=offline)
         if not isinstance(decoder, SDVAE):
             raise DataError(f"{series.name}: {series.tokenizer} is not SD-VAE, whose latents the original DiT makes")
         self.dit, self.decoder, self.device, self.precision = load_dit(path, device=device), decoder, device, precision
-        latents, condition = self.dit.cfg.latents, self.dit.cfg.condition
+        self.config = self.dit.cfg
+        latents, condition = self.config.latents, self.config.condition
         assert isinstance(latents, GridLatents) and isinstance(condition, ClassLabels)
         self.tokens, self.image_size = latents.size**2, FACTOR * latents.size
         self.labels, self.seed = spread_labels([1] * condition.num_classes, images), seed

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from texttok_cli.bench.generate import Sampling, guided_forward, guided_sampling, sd_vae_decoder, untrained_dit
+from texttok_cli.bench.generate import Sampling, guided_forward, guided_sampling, sd_vae_work, untrained_dit
 from texttok_cli.bench.machine import block_products, products
 from texttok_cli.bench.plain import plain_reconstruct
 from texttok_cli.bench.program import memory, start
@@ -134,7 +134,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
         del dit
     decode = {
         "texttok": _decode_seconds(timer, task, size),
-        "sd-vae": timer.measure(sd_vae_decoder(decoded, size, where)).median / decoded,
+        "sd-vae": timer.measure(sd_vae_work("decode", size, where)(decoded)).median / decoded,
     }
 
     def generation(name: str, steps: int) -> float:
@@ -178,7 +178,7 @@ def _training(task: Task) -> Iterator[Target]:
         note = f"tiny/texttok-32-128, batch {batch}, random images, l2 alone, not compiled; EMA, guard and clipping are in the step"
         over = 100 * (median_ratio(seconds["whole"], seconds["bare"]) - 1)
         yield Target(name="tokenizer's training step over a bare one", reached=over, most=10, unit="%", note=note)
-        loading = task.timer.measure(loader_work(SAMPLE_SET, SAMPLE_SIDE, batch)).median
+        loading = task.timer.measure(loader_work(open_dataset([SAMPLE_SET]), SAMPLE_SIDE, batch)).median
         note = f"{batch / loading:.0f} images/s loaded in one process, {batch / median(seconds['whole']):.1f} trained on"
         yield Target(name="loader over the training step", reached=median(seconds["whole"]) / loading, least=1, unit="x", note=note)
         whole, bare = generator_steps("tiny/class-32-128", batch, Path(folder), task.where)

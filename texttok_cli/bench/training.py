@@ -6,7 +6,7 @@ Letters: B batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
@@ -18,7 +18,7 @@ from texttok_cli.bench.generate import sequence_length
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import DoesNotFit, Where, check_fits, rows_of, weights_bytes
 from texttok_cli.bench.task import Task, Work, joined
-from texttok_cli.config.loader import load_recipe
+from texttok_cli.config.loader import AnyRecipe, load_recipe
 from texttok_cli.config.schema import (
     ClassLabels,
     GeneratorConfig,
@@ -28,7 +28,7 @@ from texttok_cli.config.schema import (
     TokenizerRecipe,
     Transformer,
 )
-from texttok_cli.data import Batch, TrainLoader, normalize, open_dataset
+from texttok_cli.data import Batch, Dataset, TrainLoader, normalize
 from texttok_cli.data.latents import LatentLoader, LatentStore
 from texttok_cli.diffusion import build_process
 from texttok_cli.losses import l2
@@ -47,23 +47,26 @@ STORED = 2048  # latents in memory that batches are drawn from
 L2_ALONE = ("objective.perceptual=null", "objective.adversarial=null", "training.compile=false")
 
 
+def recipes(task: Task) -> Iterator[tuple[Row, AnyRecipe]]:
+    """What the steps are of, each with its row, which has no time yet. RecipeError for one that does not come with texttok."""
+    for size, tokens in product(task.image_sizes, task.tokens):
+        for name, note in (
+            (f"tokenizer/texttok-{tokens}-{size}", "l2 alone"),
+            (f"tokenizer/baseline-{tokens}-{size}", "l2 alone"),
+            (f"generator/dit-{task.generator.lower()}-{tokens}-{size}", "latents in memory"),
+        ):
+            yield Row(part="train", system=name, image_size=size, tokens=tokens, note=note), load_recipe(name)
+
+
 def training_rows(task: Task) -> Iterator[Row]:
     """A step of the paper's tokenizers, by l2 alone, and of their generators. On a CPU a part of a batch may stand for all of it."""
-    for size, tokens in product(task.image_sizes, task.tokens):
-        for kind in ("texttok", "baseline"):
-            name = f"tokenizer/{kind}-{tokens}-{size}"
-            cfg = _tokenizer_recipe(name, []).model
-            needed = partial(tokenizer_bytes, cfg, where=task.where)
-            yield from _rows(
-                task, Row(part="train", system=name, image_size=size, tokens=tokens, note="l2 alone"), rows_of(cfg), needed, tokenizer_steps
-            )
-        name = f"generator/dit-{task.generator.lower()}-{tokens}-{size}"
-        recipe = load_recipe(name)
-        assert isinstance(recipe, GeneratorRecipe)
-        wanted = partial(generator_bytes, recipe.model, where=task.where)
-        yield from _rows(
-            task, Row(part="train", system=name, image_size=size, tokens=tokens, note="latents in memory"), tokens, wanted, generator_steps
-        )
+    for row, recipe in recipes(task):
+        if isinstance(recipe, GeneratorRecipe):
+            wanted = partial(generator_bytes, recipe.model, where=task.where)
+            yield from _rows(task, row, sequence_length(recipe.model), wanted, generator_steps)
+        else:
+            needed = partial(tokenizer_bytes, recipe.model, where=task.where)
+            yield from _rows(task, row, rows_of(recipe.model), needed, tokenizer_steps)
 
 
 Steps = Callable[[str, int, Path, Where], tuple[Work, Work]]
@@ -103,30 +106,30 @@ def kept_bytes(backbone: Transformer, batch: int, rows: int, where: Where) -> fl
 
 def tokenizer_steps(recipe_name: str, batch: int, folder: Path, where: Where) -> tuple[Work, Work]:
     """The program's training step on random images and text, and a bare forward, backward and optimizer step of an equal model."""
-    recipe = _tokenizer_recipe(recipe_name, [*L2_ALONE, f"training.batch_size={batch}", f"training.precision={where.precision}"])
+    recipe = load_recipe(recipe_name, [*L2_ALONE, f"training.batch_size={batch}", f"training.precision={where.precision}"])
+    assert isinstance(recipe, TokenizerRecipe), recipe_name
     engine = Engine(recipe.training, out=folder, device=where.device.type)
-    images = torch.randint(0, 256, (batch, 3, recipe.model.image_size, recipe.model.image_size), dtype=torch.uint8)
-    cond = _padded_text(recipe.model, batch, where)
+    images, cond = _random_batch(recipe, where)
     task = TokenizerTask(recipe, engine, lambda indices: {"cond": cond}, None)
     whole, steps = Batch(images, torch.arange(batch)), count()
     return lambda: task.step(whole, next(steps)), _bare_step(recipe, images, cond, where)
 
 
-def _tokenizer_recipe(name: str, overrides: Sequence[str]) -> TokenizerRecipe:
-    recipe = load_recipe(name, overrides)
-    assert isinstance(recipe, TokenizerRecipe), name
-    return recipe
+def bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Work:
+    """Forward, backward and optimizer on random images and text by l2 alone, of a model that is compiled if the recipe says so."""
+    return _bare_step(recipe, *_random_batch(recipe, where), where)
 
 
 def _bare_step(recipe: TokenizerRecipe, images: Tensor, cond: Condition | None, where: Where) -> Work:
     torch.manual_seed(recipe.training.seed)  # as the task's
     model = TexTok(recipe.model).to(where.device)
     optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
+    network = torch.compile(model, dynamic=False) if recipe.training.compile else model
 
     def step() -> Tensor:
         x = normalize(images.to(where.device))
         with where.autocast():
-            output, _ = model(x, cond)
+            output, _ = network(x, cond)
         loss = l2((x + 1) / 2, (output.float() + 1) / 2)
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
@@ -137,18 +140,20 @@ def _bare_step(recipe: TokenizerRecipe, images: Tensor, cond: Condition | None, 
     return step
 
 
-def _padded_text(cfg: TokenizerConfig, batch: int, where: Where) -> Condition | None:
-    """Random text tokens (B, T, C) of unlike lengths, as captions are: half of the longest to the longest."""
+def _random_batch(recipe: TokenizerRecipe, where: Where) -> tuple[Tensor, Condition | None]:
+    """Images uint8 (B, 3, H, W), and text tokens (B, T, C) of unlike lengths, as captions are: half of the longest to the longest."""
+    cfg, batch = recipe.model, recipe.training.batch_size
+    images = torch.randint(0, 256, (batch, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
     if not isinstance(cfg.condition, TextCondition):
-        return None
+        return images, None
     longest, width = cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim
     lengths = torch.linspace(longest // 2, longest, batch).long()
-    return Condition(torch.randn(batch, longest, width), torch.arange(longest) < lengths[:, None]).to(where.device)
+    return images, Condition(torch.randn(batch, longest, width), torch.arange(longest) < lengths[:, None]).to(where.device)
 
 
-def loader_work(data: Path, image_size: int, batch: int) -> Work:
-    """The training loader's next batch of these images, without workers."""
-    loader = TrainLoader(open_dataset([data]), image_size=image_size, batch_size=batch, seed=0, flip=True, workers=0)
+def loader_work(dataset: Dataset, image_size: int, batch: int, *, workers: int = 0) -> Work:
+    """The training loader's next batch of these images."""
+    loader = TrainLoader(dataset, image_size=image_size, batch_size=batch, seed=0, flip=True, workers=workers)
     batches = loader.batches()
     return lambda: list(islice(batches, 1))
 

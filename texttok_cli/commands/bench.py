@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 bench = typer.Typer(help="Measure speed, speed against quality, and make reports of it.", no_args_is_help=True)
 PART_NAMES = ("text", "encode", "decode", "generate", "load", "train", "eval", "caption")
 SIZES = (256, 512)
+UNUSED_BY_TARGETS = ("part", "tokens", "image_size", "generator", "steps", "cfg")
 
 
 @bench.command()
 def latency(
+    context: typer.Context,
     part: Annotated[list[str] | None, typer.Option(help=f"What to time, repeatable: {', '.join(PART_NAMES)}; default all.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "32,64,128,256",
     image_size: Annotated[str, typer.Option(help="256, 512, or both with a comma.")] = "256",
@@ -49,14 +51,17 @@ def latency(
     """
     import torch
 
+    from texttok_cli.bench.latency import check
     from texttok_cli.bench.machine import describe
     from texttok_cli.bench.report import latency_table, target_table
-    from texttok_cli.bench.results import LatencyResult, save_result
+    from texttok_cli.bench.results import LatencyResult
     from texttok_cli.bench.subjects import Where
     from texttok_cli.bench.task import Task
     from texttok_cli.bench.timing import Timer
     from texttok_cli.inference import pick_device
 
+    if targets:
+        _refuse_unused(context)
     parts = _parts(part)
     where = Where(pick_device(device), precision)
     task = Task(
@@ -70,17 +75,18 @@ def latency(
         sampler,
         cfg,
     )
+    check(task, ["generate"] if targets else parts)
     machine = describe(where.device, clock=clock)
     result = LatencyResult(weights="random weights", precision=precision, machine=machine)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        result = _collect(result, task, parts, targets=targets, out=out, quiet=quiet)
-    if json:
-        print(result.model_dump_json())
-    else:
-        _print(target_table("Targets", result) if targets else latency_table("Latency", result))
-    if out is not None:
-        save_result(out, result)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            _collect(result, task, parts, targets=targets, out=out, quiet=quiet)
+    finally:  # what was measured before a failure or Ctrl-C is shown too
+        if json and (result.rows or result.targets):
+            print(result.model_dump_json())
+        elif result.rows or result.targets:
+            _print(target_table("Targets", result) if targets else latency_table("Latency", result))
 
 
 @bench.command()
@@ -121,10 +127,11 @@ def tradeoff(
             device=pick_device(device),
             precision=precision,
             offline=offline,
+            paper_size=256 if paper_size == "256" else 512,
             on_point=lambda done, total, note: bar.update(bars, completed=done, total=total, note=note),
         )
     save_result(out / f"{chosen.name}.json", result)
-    files = plot_tradeoff(result, out / chosen.name, paper_size=int(paper_size))
+    files = plot_tradeoff(result, out / chosen.name)
     if json:
         print(result.model_dump_json())
         return
@@ -174,8 +181,8 @@ def _numbers(option: str, text: str, allowed: tuple[int, ...] = ()) -> list[int]
     return list(dict.fromkeys(values))
 
 
-def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: bool, out: Path | None, quiet: bool) -> LatencyResult:
-    """All rows or all targets; the file is written after each, as a run takes long."""
+def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: bool, out: Path | None, quiet: bool) -> None:
+    """All rows or all targets into the result; the file is written after each, as a run takes long."""
     from texttok_cli.bench.latency import latency as rows_of
     from texttok_cli.bench.results import save_result
     from texttok_cli.bench.targets import targets as targets_of
@@ -184,22 +191,23 @@ def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: b
     with progress(quiet=quiet) as bar:
         counter = bar.add_task("targets" if targets else "rows", total=None, note="")
         for item in targets_of(task) if targets else rows_of(task, parts):
-            kind = "targets" if targets else "rows"
-            result = result.model_copy(update={kind: [*getattr(result, kind), item]})
+            (result.targets if targets else result.rows).append(item)  # type: ignore[arg-type]
             if out is not None:
                 save_result(out, result)
             bar.update(counter, advance=1, note=getattr(item, "name", "") or f"{getattr(item, 'part', '')} {getattr(item, 'system', '')}")
-    return result
+
+
+def _refuse_unused(context: typer.Context) -> None:
+    """DataError for options that --targets does not read: what it measures is fixed."""
+    given = [name for name in UNUSED_BY_TARGETS if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"]
+    if given:
+        raise DataError(f"--targets measures fixed systems: leave out {', '.join('--' + name.replace('_', '-') for name in given)}")
 
 
 def _print(table: Table) -> None:
-    """A table as aligned text, whole lines whatever the terminal's width."""
-    from texttok_cli.console import stdout
+    from texttok_cli.console import print_columns, stdout
 
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     stdout.print(table.title, style="bold", markup=False)
     if table.remark:
         stdout.print(table.remark, markup=False)
-    for line in lines:
-        stdout.print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), markup=False)
+    print_columns([table.columns, *table.rows])

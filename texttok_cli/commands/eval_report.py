@@ -10,7 +10,7 @@ import typer
 
 from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import PROTOCOLS
+from texttok_cli.metrics.protocols import PROTOCOLS, ProtocolName
 
 if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
@@ -27,20 +27,34 @@ def make_report(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], tr
 
 
 def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Result]:
+    from texttok_cli.metrics.distribution import few_classes_a_block
     from texttok_cli.metrics.registry import METRICS
     from texttok_cli.metrics.report import make_result
 
     results = []
-    protocol = subject.card["protocol"]
-    wanted = None if protocol is None else PROTOCOLS[protocol].images
     for name, (value, spread) in evaluator.compute().items():
-        card = _result_card(name, evaluator, subject, truncated)
-        result = make_result(name, value, spread, card, enough=METRICS[name].enough, why=METRICS[name].why)
-        if wanted is not None and card.n != wanted:
-            warning = f"{card.n:,} images: protocol {protocol} is of {wanted:,}"
-            result = result.model_copy(update={"warnings": [*result.warnings, warning]})
-        results.append(result)
+        metric, card = METRICS[name], _result_card(name, evaluator, subject, truncated)
+        result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
+        warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
+        if metric.in_order and subject.classes is not None and few_classes_a_block(subject.classes):
+            warnings.append("the samples are sorted by class, so that a block of 5,000 has few of them: too low; take is-shuffled")
+        results.append(result.model_copy(update={"warnings": warnings}))
     return results
+
+
+def _unlike_protocol(protocol: ProtocolName | None, card: Card, *, reference: bool) -> list[str]:
+    """Where a card is not what its protocol asks for, or is not known to be; the split is that of references."""
+    if protocol is None:
+        return []
+    fixed, warnings = PROTOCOLS[protocol], list[str]()
+    if card.n != fixed.images:
+        warnings.append(f"{card.n:,} images: protocol {protocol} is of {fixed.images:,}")
+    asked = (("split", card.split, fixed.split if reference else None, "--split"), ("labels", card.labels, fixed.labels, "--note labels="))
+    for what, found, wanted, option in asked:
+        if wanted is not None and found != wanted:
+            known = f"{what} not known ({option} tells)" if found is None else f"{what}: {found}"
+            warnings.append(f"{known}; protocol {protocol} is of: {wanted}")
+    return warnings
 
 
 def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: int) -> Card:
@@ -69,8 +83,8 @@ def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: i
     )
 
 
-def print_report(report: Report, subjects: Sequence[Subject], written: Mapping[str, Path | None], *, quiet: bool, as_json: bool) -> None:
-    """Say its warnings, and print it: a line a number, or a table of several models; then which files were written."""
+def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as_json: bool) -> None:
+    """Say its warnings, and print it: a line a number, or a table of several models."""
     from texttok_cli.console import emit, say
     from texttok_cli.metrics.report import by_samples, compare
 
@@ -88,7 +102,16 @@ def print_report(report: Report, subjects: Sequence[Subject], written: Mapping[s
     else:
         summary = {result.metric: result.readable() for result in report.results} | {"of": first.card["samples"]}
     summary |= {"against": first.card["reference"] or "no references", "images": len(first.measured.ids)}
-    emit(summary | {name: str(path) for name, path in written.items() if path is not None}, as_json=False)
+    emit(summary, as_json=False)
+
+
+def print_written(files: Mapping[str, Path | None], *, as_json: bool) -> None:
+    """Which files were written, after the numbers; JSON on stdout is the report alone."""
+    from texttok_cli.console import emit
+
+    written = {name: str(path) for name, path in files.items() if path is not None}
+    if written and not as_json:
+        emit(written, as_json=False)
 
 
 def write_page(path: Path, report: Report, examples: Sequence[Example]) -> None:
@@ -119,24 +142,23 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     for row in rows:
         for name, values in row.unlike.items():
             say(f"{row.metric}: unlike {name}: {' | '.join(map(str, values))}")
+    unlabelled = [row.metric for row in rows if _labels_unknown(row)]
+    if unlabelled:
+        say(f"{', '.join(unlabelled)}: how labels were drawn is not known of any of these samples, so it may be unlike")
     if any(row.unlike for row in rows):
         raise typer.Exit(1)
 
 
 def print_table(names: Sequence[str], rows: Sequence[Row]) -> None:
-    """A row for each metric, a column for each report. Rich's tables are no wider than the terminal, and cut names."""
-    from rich.text import Text
-
-    from texttok_cli.console import stdout
+    """A row for each metric, a column for each report."""
+    from texttok_cli.console import print_columns
 
     lines = [["", *names]]
     for row in rows:
         lines.append(
             [row.metric + " (unlike)" * bool(row.unlike), *("" if result is None else result.readable() for result in row.results)]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        stdout.print(Text("    ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+    print_columns(lines)
 
 
 def _write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:
@@ -149,6 +171,11 @@ def _write_page(path: Path, names: Sequence[str], reports: Sequence[Report], exa
 
 def _name(report: Report) -> str:
     return report.results[0].card.samples
+
+
+def _labels_unknown(row: Row) -> bool:
+    cards = [result.card for result in row.results if result is not None]
+    return len(cards) > 1 and all(card.task == "generation" and card.labels is None for card in cards)
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -256,8 +256,8 @@ class GeneratorConfig(Config):
         parts = 4 if isinstance(self.latents, GridLatents) else 2  # sines and cosines, of a map for rows and columns
         if self.backbone.width % parts:
             raise ValueError(f"backbone width {self.backbone.width} is not a multiple of {parts}, which the positions need")
-        grid = self.latents if isinstance(self.latents, GridLatents) else None
-        tokens = self.latents.num_tokens if grid is None else (grid.size // grid.patch_size) ** 2
+        latents = self.latents
+        tokens = (latents.size // latents.patch_size) ** 2 if isinstance(latents, GridLatents) else latents.num_tokens
         if tokens * self.backbone.width > MAX_POSITIONS:  # they are computed, so a file of a few bytes could ask for any number
             raise ValueError(f"{tokens:,} tokens of width {self.backbone.width:,} are more than any model here; {MAX_POSITIONS:,} at most")
         return self

@@ -49,6 +49,9 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     if engine.is_main:
         run.open(recipe)
     engine.wait()
+    if run.finished:
+        report.message(f"{out}: is finished")
+        return run.model_path
     engine.start_trackers()
     known = _conditions(recipe, tokenizer, stores, out, engine, report, offline)
     start = _start(recipe, tokenizer, offline)

@@ -40,10 +40,15 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.state_path = path / "state"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: the model is the last that it writes."""
+        return self.model_path.exists()
+
     def open(self, recipe: Recipe) -> None:
         """Create the folder, or go on in it; RecipeError if something was trained in it by another recipe."""
         file = self.path / "recipe.yaml"
-        if file.exists() and (self.metrics_path.exists() or self._states()):
+        if file.exists() and (self.metrics_path.exists() or self._states() or self.finished):
             try:  # by the schema: a field that is new since then has the value that it had before there was one
                 old = type(recipe).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
             except (yaml.YAMLError, UnicodeDecodeError, ValidationError):

@@ -44,6 +44,9 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     if engine.is_main:
         run.open(recipe)
     engine.wait()
+    if run.finished:
+        report.message(f"{out}: is finished")
+        return run.model_path
     engine.start_trackers()
     conditioners = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
     start = _start(recipe, offline)

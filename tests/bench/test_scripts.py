@@ -1,0 +1,63 @@
+"""Scripts of benchmarks/: what is there already is handed to `texttok train`, which compares recipes, and not skipped."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="shell scripts")
+@pytest.mark.parametrize("script", ["table1.sh", "sweep.sh"])
+def test_a_finished_run_is_compared_with_the_keys_that_are_given(script: str, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "texttok-32-256"
+    run.mkdir(parents=True)
+    (run / "model.safetensors").write_bytes(b"model")
+    texttok = tmp_path / "bin" / "texttok"
+    texttok.parent.mkdir()
+    texttok.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    texttok.chmod(0o755)
+    chosen = {"SIZES": "256", "SIZE": "256", "TOKENS": "32", "KINDS": "texttok", "TRAIN": "train.tar", "VAL": "val.tar"}
+    environment = {**os.environ, **chosen, "OUT": str(run.parent), "PATH": f"{texttok.parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", BENCHMARKS / script, "schedule.steps=7"], check=True, env=environment)
+    first, *_ = (tmp_path / "calls").read_text().splitlines()
+    assert first == f"train tokenizer/texttok-32-256 data.train=train.tar data.val=val.tar schedule.steps=7 --out {run}"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_4a_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load("table4a")
+    monkeypatch.setattr(table, "RUNS", tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "model.safetensors").write_bytes(b"model")
+    calls: list[tuple[object, ...]] = []
+
+    def texttok(*arguments: object) -> None:
+        calls.append(arguments)
+        if arguments[0] == "train":
+            raise SystemExit("another recipe")
+
+    monkeypatch.setattr(table, "texttok", texttok)
+    monkeypatch.setattr(sys, "argv", ["table4a.py", "--train", "a.tar", "--val", "b.tar", "--keys", "schedule.steps=7"])
+    with pytest.raises(SystemExit, match="another recipe"):
+        table.main()
+    assert [call[0] for call in calls] == ["caption", "train"]
+    assert "schedule.steps=7" in calls[1] and calls[1][-1] == tmp_path / "none"
+
+
+@pytest.mark.parametrize("name", ["loader", "step_time"])
+def test_scripts_are_made_of_what_there_is(name: str) -> None:
+    assert callable(load(name).main)
