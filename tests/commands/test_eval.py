@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from texttok_cli import inference
 from texttok_cli.checkpoint import save_tokenizer
@@ -109,9 +110,19 @@ def test_part_of_the_data_and_the_empty_condition(texttok: Run, models: Path, pi
 
 def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, pictures: Path, fake: None) -> None:
     options = ("eval", "--protocol", "recon", "--metric", "rfid,psnr", "-m", models / "plain.safetensors", "--json")
-    card = json.loads(texttok(*options, "--data", pictures).out)["results"][0]["card"]
-    assert (card["protocol"], card["split"], card["resize"]) == ("recon", "train", "tf1-bilinear")
-    assert json.loads(texttok(*options, "--data", pictures, "--split", "val").out)["results"][0]["card"]["split"] == "val"
+
+    def split(*more: object) -> tuple[str | None, str]:
+        outcome = texttok(*options, "--data", pictures, *more)
+        card = json.loads(outcome.out)["results"][0]["card"]
+        assert (card["protocol"], card["resize"]) == ("recon", "tf1-bilinear")
+        return card["split"], outcome.err
+
+    found, said = split()
+    assert found is None and "rfid: split not known (--split tells); protocol recon is of: train" in said
+    found, said = split("--split", "val")
+    assert found == "val" and "split: val; protocol recon is of: train" in said
+    found, said = split("--split", "train")
+    assert found == "train" and "split" not in said
     assert "needs --data" in texttok(*options).err
 
 
@@ -146,8 +157,6 @@ def pictures_of_size_32(pictures: Path) -> Path:
     folder = pictures.with_name("cropped")
     folder.mkdir()
     for path in pictures.glob("*.png"):
-        from PIL import Image
-
         from texttok_cli.data import center_crop
 
         center_crop(Image.open(path), 32).save(folder / path.name)
@@ -165,7 +174,15 @@ def test_adms_reference_gives_statistics_and_its_images_the_manifold(texttok: Ru
     assert outcome.code == 0, outcome.err
     cards = {result["metric"]: result["card"] for result in json.loads(outcome.out)["results"]}
     assert cards["gfid"]["n_reference"] is None and cards["precision"]["n_reference"] == 9
-    assert cards["gfid"]["labels"] == "equally many a class"
+    # Nobody said how labels were drawn, or that a file of this name is ADM's.
+    assert cards["gfid"]["labels"] is None and cards["gfid"]["split"] is None
+    assert "labels not known (--note labels= tells); protocol adm-class is of: equally many a class" in outcome.err
+    assert "split not known" in outcome.err
+    (tmp_path / "virtual.npz").rename(tmp_path / "VIRTUAL_imagenet256_labeled.npz")
+    options = ("eval", "--protocol", "adm-class", "--metric", "gfid", "--ref", tmp_path / "VIRTUAL_imagenet256_labeled.npz", "--json")
+    outcome = texttok(*options, "--samples", samples, "--note", "labels=equally many a class")
+    assert json.loads(outcome.out)["results"][0]["card"]["split"].startswith("train") and "protocol adm-class" in outcome.err
+    assert "split" not in outcome.err and "labels" not in outcome.err
 
 
 def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) -> None:
@@ -175,6 +192,17 @@ def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) ->
     (samples / "0.png").rename(samples / "other.png")
     outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures)
     assert outcome.code == 1 and "other.png: no reference of that name" in outcome.err
+
+
+def test_a_folder_against_an_npz_goes_by_number(texttok: Run, draw: Draw, tmp_path: Path) -> None:
+    """As an .npz against a folder does: its images have positions alone, and 10.png is the eleventh."""
+    for seed in range(12):
+        draw(tmp_path / "samples" / f"{seed}.png", seed)
+    pixels = [np.asarray(Image.open(tmp_path / "samples" / f"{seed}.png")) for seed in range(12)]
+    np.savez(tmp_path / "originals.npz", np.stack(pixels))
+    options = ("eval", "--metric", "ssim", "--json")
+    assert numbers(texttok(*options, "--samples", tmp_path / "samples", "--ref", tmp_path / "originals.npz")) == {"ssim": 1.0}
+    assert numbers(texttok(*options, "--samples", tmp_path / "originals.npz", "--ref", tmp_path / "samples")) == {"ssim": 1.0}
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
@@ -201,6 +229,117 @@ def test_samples_of_texttok_sample_say_how_they_were_made(kind: str, texttok: Ru
     assert json.loads(texttok(*options, next((tmp_path / "run").glob("[is]*[sz]"))).out)["results"][0]["card"]["sampler"] is None
 
 
+def run_of(folder: Path, classes: list[int], **changes: object) -> Path:
+    """What `texttok sample --class ...` leaves, of random images."""
+    settings = {
+        "format": "png", "images": len(classes), "precision": "fp32", "sampler": "ddim", "steps": 50, "cfg": "1.5", "labels": None,
+        "generator_sha256": "e" * 64,
+    } | changes  # fmt: skip
+    run = SampleFolder(folder, len(classes), settings)
+    size = (len(classes), 3, 32, 32)
+    run.add(range(len(classes)), torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    run.record(lambda i: {"seed": i, "class_id": classes[i]})
+    run.finish(labels=classes, columns=2)
+    return folder
+
+
+def test_what_else_lies_in_a_run_is_not_of_that_run(texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [0, 1, 2, 3])
+    options = ("eval", "--metric", "gfid", "--ref", pictures, "--json", "--samples")
+
+    def seed(samples: Path) -> str | None:
+        found: str | None = json.loads(texttok(*options, samples).out)["results"][0]["card"]["seed"]
+        return found
+
+    (run / "images").rename(run / "blurred")
+    assert seed(run / "blurred") is None
+    (run / "blurred").rename(run / "images")
+    assert seed(run / "images") == seed(run / "samples.jsonl") == seed(run) == "0 to 3"
+
+
+def test_listed_classes_are_not_called_equally_many(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    """Nor are two lists alike, or samples alike of which nothing is known."""
+    statistics = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(DIM), "sigma_s": np.eye(DIM)}
+    np.savez(tmp_path / "VIRTUAL_imagenet.npz", **statistics)
+    reports = []
+    folders = [run_of(tmp_path / f"run{number}", classes) for number, classes in enumerate(([3, 3, 5, 5], [3, 3, 5, 5], [3, 3, 6, 6]))]
+    for number, folder in enumerate([*folders, samples, samples]):
+        reports.append(tmp_path / f"{number}.json")
+        options = ("--protocol", "adm-class", "--metric", "gfid", "--ref", tmp_path / "VIRTUAL_imagenet.npz", "--samples", folder)
+        outcome = texttok("eval", *options, "-o", reports[-1])
+        assert outcome.code == 0, outcome.err
+        labels = json.loads(reports[-1].read_text())["results"][0]["card"]["labels"]
+        if folder == samples:
+            assert labels is None and "labels not known" in outcome.err
+        else:
+            assert labels.startswith("as listed: 2 classes, 2 of each (") and f"labels: {labels}; protocol adm-class" in outcome.err
+    alike, unlike, unknown = (
+        texttok("eval", "--compare", reports[one], "--compare", reports[other]) for one, other in ((0, 1), (0, 2), (3, 4))
+    )
+    assert alike.code == 0 and "labels" not in alike.err
+    assert unlike.code == 1 and "gfid: unlike labels: as listed" in unlike.err
+    assert unknown.code == 0 and "gfid: how labels were drawn is not known of any of these samples" in unknown.err
+
+
+def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    run = SampleFolder(tmp_path / "run", 2, {"format": "png", "images": 2, "precision": "fp32", "sampler": "ddim", "steps": 50,
+                                             "cfg": "1.5", "labels": None, "generator_sha256": "e" * 64})  # fmt: skip
+    run.add(range(2), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    run.record(lambda i: {"seed": i, "caption": f"number {i}"})
+    run.finish(labels=None, columns=2)
+    outcome = texttok("eval", "--metric", "gfid", "--ref", samples, "--json", "--samples", tmp_path / "run")
+    assert json.loads(outcome.out)["results"][0]["card"]["labels"].startswith("as listed: 2 prompts, 1 of each (")
+
+
+def test_inception_scores_of_blocks_of_one_class_are_warned_of(texttok: Run, fake: None, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6000, 8, 8, 3), dtype=np.uint8)
+    classes = np.arange(6000) // 600
+    options = ("eval", "--metric", "gis,is-shuffled", "--json", "--samples")
+    said = []
+    for name, labels in (("sorted", classes), ("mixed", np.arange(6000) % 10), ("scores", classes[:, None] / 10)):
+        np.savez(tmp_path / f"{name}.npz", pixels, labels)
+        outcome = texttok(*options, tmp_path / f"{name}.npz")
+        warnings = {result["metric"]: result["warnings"] for result in json.loads(outcome.out)["results"]}
+        said.append([sum("sorted by class" in warning for warning in warnings[metric]) for metric in ("gis", "is-shuffled")])
+    assert said == [[1, 0], [0, 0], [0, 0]]
+
+
+def test_numbers_are_printed_before_files_are_written(
+    texttok: Run, samples: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device", "page.html")
+
+    monkeypatch.setattr("texttok_cli.commands.eval.write_page", full)
+    report = tmp_path / "report.json"
+    outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", samples, "--html", tmp_path / "page.html", "-o", report)
+    assert outcome.code == 1 and "not finite" in outcome.out and "No space left" in outcome.err and report.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("-o", "{samples}"), "samples: is a folder; name a file in it"),
+        (("--html", "{samples}/0.png/page.html"), "0.png is no folder"),
+        (("--save-stats", "{samples}/0.png/new/s.npz"), "0.png is no folder"),
+        (("--save-samples", "{samples}"), "--save-samples"),
+        (("--html", "{samples}/x", "-o", "{samples}/y/../x"), "--html"),
+    ],
+)
+def test_files_that_can_not_be_written_are_told_at_once(
+    options: tuple[str, ...], what: str, texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.processes.run_pass", None)
+    outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", samples, *(o.format(samples=samples) for o in options))
+    assert outcome.code == 1 and outcome.err.startswith("texttok: ") and what in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_written_to(texttok: Run, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # whoever runs the tests may be root
+    outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", samples, "-o", tmp_path / "new/report.json")
+    assert outcome.code == 1 and f"{tmp_path} can't be written to" in outcome.err
+
+
 def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
     outcome = texttok("eval", "--metric", "psnr,ssim", "--samples", samples, "--ref", samples)
     assert outcome.code == 0 and "not finite" in outcome.out and "some images equal their originals" in outcome.err
@@ -223,6 +362,17 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "psnr,kid", "--samples", "{samples}", "--ref", "{samples}"), "kid: needs 1,000 samples or more"),
         (("--metric", "is", "--samples", "{samples}", "--offline"), "InceptionV3 (FID) weights with the 1008-way head"),
         (("--compare", "{nothing}"), "nothing: No such file"),
+        (("--metric", "psnr", "--resize", "clean"), "--resize is about InceptionV3, which none of these metrics asks"),
+        (("--metric", "psnr", "--inception", "x.pth"), "--inception is about InceptionV3"),
+        (("--metric", "psnr", "--clip", "ViT-B-32"), "--clip says which CLIP is asked"),
+        (("--metric", "psnr", "--clip-weights", "openai"), "--clip-weights says which CLIP is asked"),  # the default, but asked for
+        (("--metric", "psnr", "--gallery", "3"), "--gallery is about the page that --html writes"),
+        (("--samples", "{samples}", "--ref", "{samples}", "--captions", "x.jsonl"), "--captions says what CLIP compares samples with"),
+        (("--samples", "{samples}", "--ref", "{samples}", "--precision", "bf16"), "--precision is about what a model"),
+        (("--compare", "a.json", "--compare", "b.json", "--metric", "psnr"), "--metric does not go with --compare"),
+        (("--compare", "a.json", "--compare", "b.json", "-m", "x"), "--model does not go with --compare"),
+        (("--compare", "a.json", "--compare", "b.json", "--data", "x"), "--data does not go with --compare"),
+        (("--compare", "a.json", "--compare", "b.json", "-o", "x.json"), "--out does not go with --compare"),
         (("--samples", "{samples}", "--ref", "{samples}", "-n", "3"), "--images is about what a model reconstructs"),
         (("--protocol", "t2i", "--samples", "{samples}", "--ref", "{samples}", "--resize", "clean"), "resizes by tf1-bilinear"),
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl"), "plain: takes no captions"),

@@ -1,6 +1,7 @@
 """CLIP scores of a small randomly initialised open_clip model against the formula, and how its weights are found."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,34 @@ def test_captions_that_do_not_fit_are_counted(weights: Path) -> None:
     eleven = " ".join(["dog"] * 10)  # with begin and end twelve tokens, which just fit
     scorer.cosines(images()[:1].expand(4, -1, -1, -1), [*CAPTIONS, eleven, f"{eleven} dog"])
     assert scorer.truncated == 2
+
+
+class Words:
+    """A tokenizer as Hugging Face's in open_clip: a token a word, an end token, cut or padded to the length."""
+
+    context_length = 6
+
+    def __init__(self, pad: int, *, end: int = 1, last: int | None = None) -> None:
+        self.tokenizer, self.end, self.last = SimpleNamespace(pad_token_id=pad), [end], [] if last is None else [last]
+
+    def __call__(self, texts: list[str], context_length: int) -> torch.Tensor:
+        room = context_length - len(self.last)
+        rows = [[10 + len(word) for word in text.split()][: room - 1] + self.end for text in texts]
+        return torch.tensor([row + [self.tokenizer.pad_token_id] * (room - len(row)) + self.last for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        (Words(pad=1), 5),  # SigLIP, of T5: pads with its end token
+        (Words(pad=0), 5),  # SigLIP 2, of Gemma
+        (Words(pad=0, end=2, last=3), 4),  # CLIPS: the class token comes after the padding
+    ],
+)
+def test_padding_is_what_the_tokenizer_calls_so(tokenizer: Words, words: int, scorer: ClipScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "tokenize", tokenizer)
+    cut = [scorer._overflows(" ".join(["dog"] * n)) for n in range(1, 9)]
+    assert cut == [n > words for n in range(1, 9)]
 
 
 def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from texttok_cli.metrics.distribution import inception_score_adm, inception_score_shuffled, kid, precision_recall
-from texttok_cli.metrics.registry import evenly
+from texttok_cli.metrics.distribution import (
+    few_classes_a_block,
+    inception_score_adm,
+    inception_score_permuted,
+    inception_score_shuffled,
+    kid,
+    precision_recall,
+)
+from texttok_cli.metrics.evidence import Evidence, Side
+from texttok_cli.metrics.registry import METRICS, evenly
 
 
 def features(n: int, dim: int = 16, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -42,6 +50,30 @@ def test_order_matters_to_adms_rule_as_its_name_says() -> None:
     mixed = logits[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
     assert inception_score_adm(logits, block=10)[0] == pytest.approx(1)
     assert inception_score_adm(mixed, block=40)[0] == pytest.approx(4)
+
+
+def test_reconstructions_of_a_sorted_data_set_are_scored_in_blocks_of_all_classes() -> None:
+    logits = 50 * torch.eye(4).repeat_interleave(500, dim=0)
+    score, spread = inception_score_permuted(logits, block=500)
+    assert score == pytest.approx(4, rel=0.02) and 0 < spread < 0.1
+    assert inception_score_permuted(logits, block=500) == (score, spread)
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(2000))  # as the rule says
+    assert inception_score_adm(logits[order], block=500) == (score, spread)
+    found = Evidence(Side({"logits"}), Side(set()), set())
+    blocks = 50 * torch.eye(4).repeat_interleave(2500, dim=0)
+    found.samples.rows["logits"].add(torch.arange(10_000), blocks)
+    assert METRICS["ris"].compute(found)[0] == pytest.approx(4, rel=0.01)
+    assert METRICS["is"].compute(found)[0] == pytest.approx(2)
+    assert "permutation" in METRICS["ris"].rule and "seed 2020" in METRICS["ris"].rule
+
+
+def test_order_by_class_is_seen() -> None:
+    classes = [number // 10 for number in range(100)]
+    assert few_classes_a_block(classes, block=20) and not few_classes_a_block(classes, block=100)
+    mixed = [classes[i] for i in np.random.RandomState(0).permutation(100)]
+    assert not few_classes_a_block(mixed, block=20) and not few_classes_a_block([7] * 100, block=20)
+    assert few_classes_a_block([f"{number // 10}" for number in range(100)], block=90)  # of the short block at the end
+    assert not few_classes_a_block(list(range(100)), block=20)  # each class once: any order is as good
 
 
 def test_fewer_samples_than_parts() -> None:

@@ -25,8 +25,7 @@ from texttok_cli.bench.subjects import (
 )
 from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
-from texttok_cli.diffusion import FITTING, build_process, parse_cfg, sample
-from texttok_cli.errors import RecipeError
+from texttok_cli.diffusion import parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
 
 MEASURED_STEPS = 2  # of a run on a CPU, of all its steps
@@ -71,12 +70,8 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
 
 def check_sampling(cfg: GeneratorConfig, sampling: Sampling) -> None:
     """RecipeError for what `sample` would refuse of this model: before hours are spent on other settings."""
-    fitting = FITTING[cfg.process.kind]
-    if sampling.sampler not in fitting:
-        raise RecipeError(f"sampler {sampling.sampler!r} is none of those of a {cfg.process.kind} model: {', '.join(fitting)}")
-    guidance, schedule = parse_cfg(sampling.guidance), build_process(cfg.process).schedule(sampling.steps)
-    if cfg.condition.dropout == 0 and any(guidance.weight(fraction) != 1 for fraction in schedule.fractions):
-        raise RecipeError(f"cfg {sampling.guidance}: the model never saw the null condition (its condition.dropout is 0): take cfg 1")
+    guidance = parse_cfg(sampling.guidance)
+    plan_sampling(cfg.process, sampling.sampler, sampling.steps, guidance, by_null=True, dropout=cfg.condition.dropout)
 
 
 def sequence_length(cfg: GeneratorConfig) -> int:

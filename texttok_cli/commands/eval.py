@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from texttok_cli.commands.eval_checks import (
+    check_comparing,
+    check_images_suffice,
+    check_one_model,
+    check_targets,
+    check_used,
+    given_options,
+)
 from texttok_cli.commands.eval_gallery import pick_examples
-from texttok_cli.commands.eval_report import compare_reports, make_report, print_report, write_page
+from texttok_cli.commands.eval_report import compare_reports, make_report, print_report, print_written, write_page
 from texttok_cli.commands.eval_subject import Subject, load_models, of_models, of_samples
 from texttok_cli.commands.options import (
     BatchSizeOption,
@@ -36,6 +44,7 @@ NOTES = ("labels", "seed", "sampler", "steps", "guidance")
 
 
 def eval_(
+    context: typer.Context,
     metric: Annotated[str | None, typer.Option(help="Names, separated by commas: rfid,psnr,...; an unknown one lists them all.")] = None,
     protocol: Annotated[ProtocolName | None, typer.Option(help="One of the paper's evaluations: what it measures, and on what.")] = None,
     model: Annotated[
@@ -84,23 +93,22 @@ def eval_(
     from texttok_cli.metrics.registry import uses_clip
     from texttok_cli.metrics.report import save_report
 
+    given = given_options(context)
     if compare:
-        if out is not None:
-            raise DataError(f"-o {out}: --compare writes no file; its table goes to stdout, or as JSON with --json")
+        check_comparing(given)
+        check_targets({"--html": html})
         compare_reports(compare, html, as_json=json)
         return
     fixed = PROTOCOLS[protocol] if protocol else None
     if fixed is not None and resize != fixed.resize:
         raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
+    check_used(given, names)
+    check_targets({"-o": out, "--save-stats": save_stats, "--save-samples": save_samples, "--html": html})
     processes = Processes()
     where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))
     if samples is not None:
-        of_model = {"--model": model, "--data": data, "--images": images, "--size": size, "--no-caption": no_caption or None}
-        _refuse(of_model, "is about what a model reconstructs; it does not go with --samples")
         subjects = [of_samples(samples, ref, names, captions=captions, caption_field=caption_field)]
-    elif ref is not None:
-        raise DataError("--ref goes with --samples; a model's references are the images that it reconstructs")
     else:
         subjects = of_models(
             load_models(model or [DEFAULT_MODEL], device=where, precision=precision, offline=offline),
@@ -113,10 +121,10 @@ def eval_(
             no_caption=no_caption,
         )
     if len(subjects) > 1:
-        _refuse({"--save-stats": save_stats, "--save-samples": save_samples}, "is of one model's images: give one --model with it")
+        check_one_model(given)
     for subject in subjects:
         subject.card = _card(subject, fixed, protocol, split, note or [])
-        _check_images_suffice(names, subject, statistics=save_stats is not None)
+        check_images_suffice(names, subject, statistics=save_stats is not None)
     first = Evaluator(
         names,
         given=subjects[0].given,
@@ -136,13 +144,14 @@ def eval_(
     truncated = processes.merge(evaluators)
     if processes.rank == 0:
         report = make_report(evaluators, subjects, truncated)
+        print_report(report, subjects, quiet=quiet, as_json=json)  # first: whatever can't be written, no number is lost
         if out is not None:
             save_report(out, report)
         if save_stats is not None:
             _save_statistics(save_stats, first)
         if html is not None:
             write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
-        print_report(report, subjects, {"out": out, "html": html}, quiet=quiet, as_json=json)
+        print_written({"out": out, "html": html}, as_json=json)
     processes.finish()
     for state in states:
         if state is not None:
@@ -168,14 +177,8 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
     return [*names, "psnr"] if page and "psnr" not in names and (not generated or uses_pairs(names)) else names
 
 
-def _refuse(options: Mapping[str, object | None], why: str) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise DataError(f"{given[0]} {why}")
-
-
 def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split: str | None, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known of the samples, completed by the protocol; --split and --note win over both."""
+    """What is known of the samples; --split and --note win. A protocol is not evidence: what it asks for and nobody said stays None."""
     card = dict.fromkeys(("model_sha256", "reference_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
     if fixed is not None:
         if fixed.task != subject.task:
@@ -187,7 +190,8 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
             )
         if subject.task == "reconstruction" and card["split"] is not None:
             raise DataError(f"--protocol {protocol} needs --data: the sample set that comes with the package is not the paper's")
-        card |= {"split": fixed.split, "labels": card["labels"] or fixed.labels}
+        if fixed.reference and str(card["reference"]).startswith(fixed.reference):
+            card["split"] = fixed.split
     if split is not None:
         card["split"] = split
     for entry in notes:
@@ -196,23 +200,6 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
             raise DataError(f"--note {entry}: not KEY=VALUE with a key among {', '.join(NOTES)}")
         card[key] = value
     return card
-
-
-def _check_images_suffice(names: Sequence[str], subject: Subject, *, statistics: bool) -> None:
-    """Every metric must have what it needs, before anything is computed."""
-    from texttok_cli.metrics.registry import METRICS, check_images
-
-    for name in names:
-        metric = METRICS[name]
-        missing = {need for need in metric.needs if need not in subject.given} if metric.reference else set()
-        if metric.reference and subject.references is None and (missing or not metric.needs):
-            if subject.given:
-                raise DataError(f"{name}: {subject.card['reference']} has not the statistics it needs, and no images")
-            raise DataError(f"{name}: needs references: name their images, or for fid and sfid their statistics, with --ref")
-    if statistics and len(subject.measured.ids) < 2:
-        raise DataError("--save-stats: a covariance needs 2 images or more")
-    counted = None if subject.references is None else len(subject.references.ids)
-    check_images(names, n=len(subject.measured.ids), n_reference=counted, side=subject.measured.size)
 
 
 # ------------------------------------------------------------------ the passes

@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from texttok_cli.errors import DataError
 
 RUN_SETTINGS, RUN_LINES = "settings.json", "samples.jsonl"
+INSIDE = {"png": (RUN_LINES, "images"), "npz": ("samples.npz",)}  # what holds all images of a run, the first as the folder itself
 LABELS = {"equal": "equally many a class", "proportional": "in proportion to the training images of a class"}
 
 
-def sample_run(samples: str) -> tuple[str, dict[str, Any]]:
-    """The samples themselves in the folder that `texttok sample` wrote, and what the card says of them; else `samples`, and nothing.
+@dataclass(frozen=True)
+class SampleRun:
+    """Where the samples are, what the card says of them, and of a class model the class of each."""
+
+    samples: str
+    card: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[int] | None = None
+
+
+def sample_run(samples: str) -> SampleRun:
+    """Of the folder that `texttok sample` wrote, or of what it wrote there; of anything else nothing is known.
 
     DataError for a run that is not finished.
     """
-    runs = {path: settings for path in (Path(samples).parent, Path(samples)) if (settings := _run_settings(path)) is not None}
-    if not runs:
-        return samples, {}
-    folder, settings = runs.popitem()
+    path = Path(samples)
+    settings = _run_settings(path)
+    folder, inside = (path, None) if settings is not None else (path.parent, path.name)
+    settings = settings or _run_settings(folder)
+    places = None if settings is None else INSIDE.get(str(settings.get("format")), INSIDE["png"])
+    if settings is None or places is None or inside not in (None, *places):
+        return SampleRun(samples)
     try:
         lines = (folder / RUN_LINES).read_text(encoding="utf-8").splitlines() if (folder / RUN_LINES).is_file() else []
-        seeds = [json.loads(line)["seed"] for line in lines]
+        about = [json.loads(line) for line in lines]
+        seeds = [one["seed"] for one in about]
+        classes = [one["class_id"] for one in about if "class_id" in one]
         card = {
             "model_sha256": settings["generator_sha256"],
             "precision": settings["precision"],
-            "labels": LABELS.get(settings["labels"]),
+            "labels": LABELS.get(settings["labels"]) or _as_listed(classes, [one["caption"] for one in about if "caption" in one]),
             "seed": f"{min(seeds, default=None)} to {max(seeds, default=None)}",
             "sampler": settings["sampler"],
             "steps": str(settings["steps"]),
             "guidance": settings["cfg"],
         }
-        n, inside = settings["images"], "samples.npz" if settings["format"] == "npz" else RUN_LINES
+        n = settings["images"]
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(f"{folder}: {RUN_SETTINGS} or {RUN_LINES} is damaged ({type(err).__name__} {err})") from None
-    if len(lines) < n:
-        raise DataError(f"{folder}: {len(lines):,} of {n:,} samples are there; run the same `texttok sample` again")
-    return str(folder / inside) if folder == Path(samples) else samples, card
+    if len(about) < n:
+        raise DataError(f"{folder}: {len(about):,} of {n:,} samples are there; run the same `texttok sample` again")
+    return SampleRun(str(folder / places[0]) if inside is None else samples, card, classes if len(classes) == len(about) else None)
+
+
+def _as_listed(classes: Sequence[int], prompts: Sequence[str]) -> str | None:
+    """Of --class or --prompt: in words, and a digest by which two lists differ; a class model's captions are no prompts."""
+    listed: Sequence[int] | Sequence[str] = classes or prompts
+    if not listed:
+        return None
+    counts = sorted(Counter(listed).items())
+    each = {count for _, count in counts}
+    of_each = f"{min(each):,}" if len(each) == 1 else f"{min(each):,} to {max(each):,}"
+    digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()
+    return f"as listed: {len(counts):,} {'classes' if classes else 'prompts'}, {of_each} of each ({digest[:8]})"
 
 
 def _run_settings(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -39,6 +39,7 @@ class Subject:
     captions: Sequence[str] | None = None  # what samples are compared with
     texts: Sequence[str] | None = None  # what the model is conditioned on
     reconstruct: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    classes: Sequence[Hashable] | None = None  # of the samples in their order, where each one's is known
 
     @property
     def measured(self) -> Images:
@@ -174,19 +175,29 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
 
     paired = uses_pairs(metrics)
     name = _names([samples])
-    samples, made_by = sample_run(samples)
-    card = made_by | {"samples": name, "reference": _names([ref]) if ref else None, "uint8": "as stored"}
-    if samples.endswith(".npz"):
-        found: Images = NpzImages(Path(samples))
+    run = sample_run(samples)
+    card = {**run.card, "samples": name, "reference": _names([ref]) if ref else None, "uint8": "as stored"}
+    found: NpzImages | FileImages
+    classes: Sequence[Hashable] | None
+    if run.samples.endswith(".npz"):
+        found = NpzImages(Path(run.samples))
+        classes = found.labels()
         texts = _captions_of_npz(found, captions) if uses_clip(metrics) else None
     else:
-        dataset = open_dataset([samples], captions=captions, caption_field=caption_field)
+        dataset = open_dataset([run.samples], captions=captions, caption_field=caption_field)
+        if paired and ref is not None and ref.endswith(".npz"):
+            dataset = _numbered(dataset)
         found = FileImages(dataset)
+        classes = [item.class_name for item in dataset.items]
         texts = _captions(dataset) if uses_clip(metrics) else None
+    if run.classes is not None:
+        classes = run.classes
+    elif classes is not None and None in classes:
+        classes = None
     if texts is not None:
         card["text"] = f"compared with the samples: {_caption_source(captions, caption_field)}"
     task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
-    subject = Subject(task, found, None, card, paired, captions=texts)
+    subject = Subject(task, found, None, card, paired, captions=texts, classes=classes)
     if ref is not None and ref.endswith(".npz"):
         reference = read_npz_reference(Path(ref))
         subject.references, subject.given = reference.images, reference.given
@@ -217,13 +228,13 @@ def _matched(references: Dataset, samples: Images) -> Dataset:
     return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
 
 
-def _numbered(references: Dataset) -> Dataset:
-    """References for samples that have only positions: by their numbers where all names are numbers (10 after 9), else as sorted."""
-    stems = [_stem(item.id) for item in references.items]
+def _numbered(images: Dataset) -> Dataset:
+    """Images whose others have only positions: by their numbers where all names are numbers (10 after 9), else as sorted."""
+    stems = [_stem(item.id) for item in images.items]
     if not all(stem.isdigit() for stem in stems):
-        return references
-    items = [item for _, item in sorted(zip(map(int, stems), references.items, strict=True), key=itemgetter(0))]
-    return type(references)(items, references.skipped)
+        return images
+    items = [item for _, item in sorted(zip(map(int, stems), images.items, strict=True), key=itemgetter(0))]
+    return type(images)(items, images.skipped)
 
 
 def _check_pairs(subject: Subject, ref: str | None) -> None:

@@ -64,28 +64,40 @@ def sample(
     `autocast` runs the networks in bf16; the latents stay float32. Raises RecipeError for a sampler that isn't the process's,
     a number of steps it can't take and a guide of another kind.
     """
-    fitting = FITTING[process_cfg.kind]
-    if sampler not in fitting:
-        raise RecipeError(f"sampler {sampler!r} is none of those of a {process_cfg.kind} model: {', '.join(fitting)}")
     if guide is not None:
         _check_guide(dit, guide)
-    process = build_process(process_cfg)
-    schedule = process.schedule(steps)
-    weights = [guidance.weight(fraction) for fraction in schedule.fractions]
+    process, schedule, weights = plan_sampling(
+        process_cfg, sampler, steps, guidance, by_null=guide is None, dropout=dit.cfg.condition.dropout
+    )
     device = dit.latent_mean.device
     rng = SampleRng(seeds, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         times = torch.tensor(schedule.times, device=device)
         guided = any(weight != 1 for weight in weights)
-        if guided and guide is None and dit.cfg.condition.dropout == 0:
-            raise RecipeError(
-                "guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide"
-            )
         network = dit.prepare(times, class_ids, cond, null=guided and guide is None)
         other = guide.prepare(times, class_ids, cond, null=False) if guide is not None and guided else None
         denoise = _denoiser(network, other, process, schedule, weights)
         x = SAMPLERS[sampler](denoise, rng.normal(dit.latent_shape), schedule, rng)
     return dit.destandardize(x)
+
+
+def plan_sampling(
+    process_cfg: DDPM | Flow, sampler: str, steps: int, guidance: Guidance, *, by_null: bool, dropout: float
+) -> tuple[Process, Schedule, list[float]]:
+    """The process, its schedule of so many steps and the guidance's weight at each, for a model trained with this dropout.
+
+    Raises RecipeError for a sampler that isn't the process's, a number of steps it can't take, and guidance by the null condition
+    of a model that never saw it.
+    """
+    fitting = FITTING[process_cfg.kind]
+    if sampler not in fitting:
+        raise RecipeError(f"sampler {sampler!r} is none of those of a {process_cfg.kind} model: {', '.join(fitting)}")
+    process = build_process(process_cfg)
+    schedule = process.schedule(steps)
+    weights = [guidance.weight(fraction) for fraction in schedule.fractions]
+    if by_null and dropout == 0 and any(weight != 1 for weight in weights):
+        raise RecipeError("guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide")
+    return process, schedule, weights
 
 
 def _denoiser(network: Prepared, other: Prepared | None, process: Process, schedule: Schedule, weights: Sequence[float]) -> Denoiser:

@@ -66,8 +66,13 @@ class ClipScorer:
 
     def _overflows(self, text: str) -> bool:
         """Whether the text has more tokens than CLIP reads: with room for one more, that is taken."""
-        room = self.tokenize.context_length + 1
-        return bool(self.tokenize([text], context_length=room)[0, -1] != 0)
+        length = self.tokenize.context_length
+        theirs = getattr(self.tokenize, "tokenizer", None)  # of Hugging Face
+        if theirs is None:  # CLIP's own: pads with 0, and ends with a token that is not 0
+            return bool(self.tokenize([text], context_length=length + 1)[0, -1] != 0)
+        # SigLIP pads with the token that it ends with, CLIPS has its last token after the padding: so all are counted.
+        taken = [self.tokenize([text], context_length=room) != theirs.pad_token_id for room in (length, length + 1)]
+        return bool(taken[1].sum() > taken[0].sum())
 
 
 def _preprocessing(name: str, weights: str) -> dict[str, Any]:

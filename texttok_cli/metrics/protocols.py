@@ -17,6 +17,7 @@ class Protocol:
     split: str
     labels: str | None
     images: int = 50_000
+    reference: str = ""  # how the name of its references' file begins, if that tells the split
     resize: Literal["tf1-bilinear"] = "tf1-bilinear"  # ADM's suite, which all of the paper's FIDs are of [I]
 
 
@@ -26,7 +27,11 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     # Sec. 4.1: ADM's suite; the reference is VIRTUAL_imagenet{256_labeled,512}.npz. The paper does not say how labels are
     # drawn: equally many of each class, as most do since, is [I].
     "adm-class": Protocol(
-        ("gfid", "sfid", "gis", "precision", "recall"), "generation", "train (ADM's VIRTUAL batch)", "equally many a class"
+        ("gfid", "sfid", "gis", "precision", "recall"),
+        "generation",
+        "train (ADM's VIRTUAL batch)",
+        "equally many a class",
+        reference="VIRTUAL_imagenet",
     ),
     # Sec. 4.5: generated from the validation set's captions, against all of that set.
     "t2i": Protocol(("fid", "clip-score"), "generation", "val", "captions of the references' split"),

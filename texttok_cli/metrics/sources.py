@@ -136,6 +136,15 @@ class NpzImages(Images):
         """See `Images`."""
         return sha256_file(self.path)
 
+    def labels(self) -> list[int] | None:
+        """The class of each image, if the file says it (`arr_1`, as ADM's samples)."""
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                found = file["arr_1"]
+        except NUMPY_DAMAGED:  # there is none, or something else is called so
+            return None
+        return found.tolist() if found.shape == (len(self.ids),) else None
+
     def _one(self, file: IO[bytes], at: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         file.seek(at)
         data = file.read(3 * self.size**2)

@@ -1,0 +1,92 @@
+"""What `texttok eval` refuses before anything is computed: options that would do nothing, files that can't be written, too few images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+from texttok_cli.commands.eval_subject import Subject
+from texttok_cli.errors import DataError
+
+COMPARES = {"compare", "html", "json", "quiet", "debug"}  # what --compare reads
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """The options that stand on the command line: argument of the command -> as a person writes it."""
+    sources = {parameter: context.get_parameter_source(str(parameter.name)) for parameter in context.command.params}
+    return {str(parameter.name): parameter.opts[0] for parameter, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def check_comparing(given: Mapping[str, str]) -> None:
+    """DataError for an option that measures something, beside --compare."""
+    why = "does not go with --compare, which measures nothing: its table goes to stdout, as JSON with --json, or to --html"
+    _refuse(given, sorted(given.keys() - COMPARES), why)
+
+
+def check_used(given: Mapping[str, str], names: Sequence[str]) -> None:
+    """DataError for an option that would change nothing of what is asked for."""
+    from texttok_cli.metrics.registry import uses_clip, uses_inception
+
+    clip, generated = uses_clip(names), "samples" in given
+    if generated:
+        about_models = ("model", "data", "images", "size", "no_caption", "precision")
+        _refuse(given, about_models, "is about what a model reconstructs; it does not go with --samples")
+        if not clip:
+            _refuse(given, ("captions", "caption_field"), "says what CLIP compares samples with: add --metric clip-score, or leave it out")
+    else:
+        _refuse(given, ("ref",), "goes with --samples; a model's references are the images that it reconstructs")
+    if not clip:
+        _refuse(given, ("clip", "clip_weights"), "says which CLIP is asked: add --metric clip-score, or leave it out")
+    if not uses_inception(names) and "save_stats" not in given:
+        _refuse(given, ("resize", "inception"), "is about InceptionV3, which none of these metrics asks: leave it out")
+    if "html" not in given:
+        _refuse(given, ("gallery",), "is about the page that --html writes")
+
+
+def check_one_model(given: Mapping[str, str]) -> None:
+    """DataError for a file of the images of one model, of which there are several."""
+    _refuse(given, ("save_stats", "save_samples"), "is of one model's images: give one --model with it")
+
+
+def check_targets(targets: Mapping[str, Path | None]) -> None:
+    """DataError for a file that could not be written in the end, by its option."""
+    taken: dict[Path, str] = {}
+    for option, path in targets.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise DataError(f"{option} {path}: is a folder; name a file in it")
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise DataError(f"{option} {path}: {folder} is no folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise DataError(f"{option} {path}: {folder} can't be written to")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise DataError(f"{option} {path}: is what {other} writes; name another file")
+
+
+def check_images_suffice(names: Sequence[str], subject: Subject, *, statistics: bool) -> None:
+    """Every metric must have what it needs."""
+    from texttok_cli.metrics.registry import METRICS, check_images
+
+    for name in names:
+        metric = METRICS[name]
+        missing = {need for need in metric.needs if need not in subject.given} if metric.reference else set()
+        if metric.reference and subject.references is None and (missing or not metric.needs):
+            if subject.given:
+                raise DataError(f"{name}: {subject.card['reference']} has not the statistics it needs, and no images")
+            raise DataError(f"{name}: needs references: name their images, or for fid and sfid their statistics, with --ref")
+    if statistics and len(subject.measured.ids) < 2:
+        raise DataError("--save-stats: a covariance needs 2 images or more")
+    counted = None if subject.references is None else len(subject.references.ids)
+    check_images(names, n=len(subject.measured.ids), n_reference=counted, side=subject.measured.size)
+
+
+def _refuse(given: Mapping[str, str], options: Sequence[str], why: str) -> None:
+    refused = next((given[option] for option in options if option in given), None)
+    if refused is not None:
+        raise DataError(f"{refused} {why}")
