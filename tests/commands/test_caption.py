@@ -170,14 +170,13 @@ def test_no_input_is_one_line(texttok: Run) -> None:
 
 
 SLOW_SERVER = """
-import json, sys, time
+import itertools, json, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Handler(BaseHTTPRequestHandler):
-    count = 0
+    numbers = itertools.count(1)  # drawn at once: two requests that come together must not both be the fourth
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        Handler.count += 1
-        if Handler.count > 3:
+        if next(Handler.numbers) > 3:
             time.sleep(30)
         body = json.dumps({"choices": [{"message": {"content": "a picture"}, "finish_reason": "stop"}]}).encode()
         self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
