@@ -66,7 +66,9 @@ def main() -> None:
     except RuntimeError as err:
         if debug or not _is_out_of_memory(err):
             raise
-        _fail("the GPU has not enough free memory: take a smaller batch (--batch-size; of train training.batch_size=), bf16, or --device cpu")
+        _fail(
+            "the GPU has not enough free memory: take a smaller batch (--batch-size; of train training.batch_size=), bf16, or --device cpu"
+        )
 
 
 def _is_out_of_memory(err: RuntimeError) -> bool:

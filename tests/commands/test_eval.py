@@ -118,7 +118,7 @@ def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, p
         return card["split"], outcome.err
 
     found, said = split()
-    assert found is None and "rfid: split not known (--split tells); protocol recon is of: train" in said
+    assert found == "train, as the protocol has it" and "split" not in said
     found, said = split("--split", "val")
     assert found == "val" and "split: val; protocol recon is of: train" in said
     found, said = split("--split", "train")
@@ -174,10 +174,9 @@ def test_adms_reference_gives_statistics_and_its_images_the_manifold(texttok: Ru
     assert outcome.code == 0, outcome.err
     cards = {result["metric"]: result["card"] for result in json.loads(outcome.out)["results"]}
     assert cards["gfid"]["n_reference"] is None and cards["precision"]["n_reference"] == 9
-    # Nobody said how labels were drawn, or that a file of this name is ADM's.
-    assert cards["gfid"]["labels"] is None and cards["gfid"]["split"] is None
-    assert "labels not known (--note labels= tells); protocol adm-class is of: equally many a class" in outcome.err
-    assert "split not known" in outcome.err
+    # Nobody said how labels were drawn, or that a file of this name is ADM's: the card says whose word it is.
+    assert cards["gfid"]["labels"] == "equally many a class, as the protocol has it"
+    assert cards["gfid"]["split"] == "train (ADM's VIRTUAL batch), as the protocol has it"
     (tmp_path / "virtual.npz").rename(tmp_path / "VIRTUAL_imagenet256_labeled.npz")
     options = ("eval", "--protocol", "adm-class", "--metric", "gfid", "--ref", tmp_path / "VIRTUAL_imagenet256_labeled.npz", "--json")
     outcome = texttok(*options, "--samples", samples, "--note", "labels=equally many a class")
@@ -270,7 +269,7 @@ def test_listed_classes_are_not_called_equally_many(texttok: Run, samples: Path,
         assert outcome.code == 0, outcome.err
         labels = json.loads(reports[-1].read_text())["results"][0]["card"]["labels"]
         if folder == samples:
-            assert labels is None and "labels not known" in outcome.err
+            assert labels == "equally many a class, as the protocol has it"
         else:
             assert labels.startswith("as listed: 2 classes, 2 of each (") and f"labels: {labels}; protocol adm-class" in outcome.err
     alike, unlike, unknown = (

@@ -33,7 +33,7 @@ from texttok_cli.commands.options import (
     QuietOption,
 )
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import PROTOCOLS, Protocol, ProtocolName
+from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
     from texttok_cli.metrics.evaluator import Batch, Evaluator
@@ -178,7 +178,7 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
 
 
 def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split: str | None, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known of the samples; --split and --note win. A protocol is not evidence: what it asks for and nobody said stays None."""
+    """What is known of the samples, completed by the protocol in its own name, as that is no evidence; --split and --note win over both."""
     card = dict.fromkeys(("model_sha256", "reference_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
     if fixed is not None:
         if fixed.task != subject.task:
@@ -192,6 +192,8 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
             raise DataError(f"--protocol {protocol} needs --data: the sample set that comes with the package is not the paper's")
         if fixed.reference and str(card["reference"]).startswith(fixed.reference):
             card["split"] = fixed.split
+        card["split"] = card["split"] or fixed.split + DECLARED
+        card["labels"] = card["labels"] or (fixed.labels and fixed.labels + DECLARED)
     if split is not None:
         card["split"] = split
     for entry in notes:

@@ -10,7 +10,7 @@ import typer
 
 from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import PROTOCOLS, ProtocolName
+from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, ProtocolName
 
 if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
@@ -43,17 +43,15 @@ def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Res
 
 
 def _unlike_protocol(protocol: ProtocolName | None, card: Card, *, reference: bool) -> list[str]:
-    """Where a card is not what its protocol asks for, or is not known to be; the split is that of references."""
+    """Where a card is not what its protocol asks for; the split is that of references."""
     if protocol is None:
         return []
     fixed, warnings = PROTOCOLS[protocol], list[str]()
     if card.n != fixed.images:
         warnings.append(f"{card.n:,} images: protocol {protocol} is of {fixed.images:,}")
-    asked = (("split", card.split, fixed.split if reference else None, "--split"), ("labels", card.labels, fixed.labels, "--note labels="))
-    for what, found, wanted, option in asked:
-        if wanted is not None and found != wanted:
-            known = f"{what} not known ({option} tells)" if found is None else f"{what}: {found}"
-            warnings.append(f"{known}; protocol {protocol} is of: {wanted}")
+    for what, found, wanted in (("split", card.split, fixed.split if reference else None), ("labels", card.labels, fixed.labels)):
+        if wanted is not None and found not in (wanted, wanted + DECLARED):
+            warnings.append(f"{what}: {found}; protocol {protocol} is of: {wanted}")
     return warnings
 
 
@@ -175,7 +173,7 @@ def _name(report: Report) -> str:
 
 def _labels_unknown(row: Row) -> bool:
     cards = [result.card for result in row.results if result is not None]
-    return len(cards) > 1 and all(card.task == "generation" and card.labels is None for card in cards)
+    return len(cards) > 1 and all(card.task == "generation" and (card.labels or DECLARED).endswith(DECLARED) for card in cards)
 
 
 def _row_json(row: Row) -> dict[str, Any]:

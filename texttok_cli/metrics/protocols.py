@@ -8,6 +8,9 @@ from typing import Literal
 ProtocolName = Literal["recon", "adm-class", "t2i"]
 
 
+DECLARED = ", as the protocol has it"  # ends what a card says because a protocol was named, and nothing else shows
+
+
 @dataclass(frozen=True, slots=True)
 class Protocol:
     """What is measured, of which split, on how many images, and how labels are drawn."""
