@@ -19,8 +19,7 @@ for tokens in ${TOKENS:-32 64 128 256}; do
     run="$out/$name"
     "${launch[@]}" train "tokenizer/$name" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
     if [ ! -f "$out/results/$name.json" ]; then
-      cp "$run/model.safetensors" "$out/$name.safetensors" # a report calls a model by its file's name
-      texttok eval --metric rfid,psnr,ssim --model "$out/$name.safetensors" --data "$VAL" \
+      texttok eval --metric rfid,psnr,ssim --model "$run/model.safetensors" --data "$VAL" \
         ${IMAGES:+-n "$IMAGES"} ${CAPTION_FIELD:+--caption-field "$CAPTION_FIELD"} -o "$out/results/$name.json"
     fi
   done

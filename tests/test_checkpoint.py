@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_generator import BY_CLASS, CLASSES, save_tiny_generator
 
-from texttok_cli.checkpoint import caption_hash, load_generator_file, load_tokenizer_file, read_tokenizer_info, save_tokenizer
+from texttok_cli.checkpoint import caption_hash, load_generator_file, load_tokenizer_file, model_name, read_tokenizer_info, save_tokenizer
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
 from texttok_cli.models.dit import DiT
@@ -88,6 +88,12 @@ def test_who_a_tokenizer_is_can_be_read_without_its_weights(models: Path) -> Non
 
 
 # ------------------------------------------------------------------ generators
+
+
+def test_a_runs_model_is_called_as_its_run() -> None:
+    assert model_name(Path("runs/texttok-32-256/model.safetensors")) == "texttok-32-256"
+    assert model_name(Path("elsewhere/mine.safetensors")) == "mine"
+    assert model_name(Path("/cache/models--owner--texttok-64/snapshots/0123abcd/model.safetensors")) == "texttok-64"
 
 
 @pytest.fixture

@@ -54,9 +54,19 @@ class GeneratorHeader(Config):
         return self
 
 
+def model_name(path: Path) -> str:
+    """What a model is called: its file's stem; every run's is model.safetensors, which is called as its folder, or its repository."""
+    if path.stem != "model":
+        return path.stem
+    folder = path.absolute().parent
+    if folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/COMMIT/model.safetensors
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name or path.stem
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Identity of a tokenizer: its name is the file's stem, never a path."""
+    """Identity of a tokenizer; its name is never a path (see `model_name`)."""
 
     name: str
     sha256: str
@@ -118,12 +128,12 @@ def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tu
         model = TexTok(header.model)
     _fill(model, path, infos, extra={})
     model.to(device)
-    return model, ModelInfo(path.stem, sha256_file(path), header)
+    return model, ModelInfo(model_name(path), sha256_file(path), header)
 
 
 def read_tokenizer_info(path: Path) -> ModelInfo:
     """Who a tokenizer is, without its weights. CheckpointError as `load_tokenizer_file`."""
-    return ModelInfo(path.stem, sha256_file(path), _tokenizer_header(path)[0])
+    return ModelInfo(model_name(path), sha256_file(path), _tokenizer_header(path)[0])
 
 
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
@@ -138,7 +148,7 @@ def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tu
         model = DiT(header.model)
     tensors = _fill(model, path, infos, extra={CAPTIONS: captions.shape})
     model.to(device)
-    return model, GeneratorInfo(path.stem, sha256_file(path), header, tensors[CAPTIONS])
+    return model, GeneratorInfo(model_name(path), sha256_file(path), header, tensors[CAPTIONS])
 
 
 def _tokenizer_header(path: Path) -> tuple[ModelHeader, dict[str, TensorInfo]]:
