@@ -198,7 +198,12 @@ def test_ctrl_c_loses_nothing_and_does_not_wait_for_the_endpoint(draw: Draw, tmp
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
         args = ["caption", tmp_path / "photos", "--captioner", "endpoint", "--endpoint", url, "--model", "m", "--concurrency", 2, "-o", out]
-        run = subprocess.Popen([sys.executable, "-m", "texttok_cli", *map(str, args)], stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "texttok_cli", *map(str, args)],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job, as CI may be, ignores it
+        )
         deadline = time.monotonic() + 120
         while not (out.exists() and out.read_bytes().count(b"\n") == 3):
             assert time.monotonic() < deadline and run.poll() is None
