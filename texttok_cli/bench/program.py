@@ -31,7 +31,7 @@ safetensors.torch.load_file(resolve("minilm", offline=True))
 """
 # The command line in this process, and then the most memory that it had.
 PEAK = """
-import resource, sys
+import pathlib, resource, sys
 from texttok_cli.main import main
 sys.argv = ["texttok", *sys.argv[1:]]
 try:
@@ -39,7 +39,11 @@ try:
 except SystemExit as stop:
     if stop.code:
         raise
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = pathlib.Path("/proc/self/status")
+if status.exists():  # Linux: getrusage's counts what the parent had when it started this process
+    peak = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+print(peak, file=sys.stderr)
 """
 
 
