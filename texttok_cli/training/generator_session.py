@@ -45,6 +45,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
         for part in (recipe.data.train, recipe.data.val)
         if part
     ]
+    run.samples = len(stores[0])
     report.message(f"latents of {len(stores[0]):,} training images, {len(stores[1]) if len(stores) > 1 else 0:,} for validation")
     if engine.is_main:
         run.open(recipe)
@@ -85,16 +86,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
 
     steps = recipe.schedule.steps
     try:
-        train(
-            recipe,
-            task,
-            engine,
-            run,
-            loader.batches,
-            len(stores[0]),
-            validate,
-            lambda step, values: report.progress("training", step, steps, values),
-        )
+        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
         dit = task.averaged()
     finally:
         engine.finish()

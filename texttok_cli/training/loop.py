@@ -48,31 +48,30 @@ def train(
     engine: Engine,
     run: RunFolder,
     batches: Callable[[int], Iterator[Any]],
-    samples: int,
     validate: Callable[[int], dict[str, float]],
     on_step: Callable[[int, dict[str, float]], None],
 ) -> int:
     """Train to the recipe's last step, from the newest state in the run folder; returns the step it began at.
 
-    `batches(k)` yields batches of the `samples` training examples from the k-th on; `validate(step)` is called in every process.
+    `batches(k)` yields batches from the k-th on; `validate(step)` is called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
     of this data or not seen by all processes, BackendError without GPU memory.
     """
-    begin = _resume(task, engine, run, samples)
+    begin = _resume(task, engine, run)
     missed = begin > 0 and _validates(recipe, begin) and engine.any(engine.is_main and not run.validated(begin))
     try:
         with _StopSignal() as stop:
             if missed:  # the run was cut off between saving and validating
                 _validate(begin, validate, engine, run)
-            _steps(recipe, task, engine, run, batches(begin), begin, samples, validate, on_step, stop)
+            _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
     except torch.OutOfMemoryError:
         raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
     return begin
 
 
-def _resume(task: Task, engine: Engine, run: RunFolder, samples: int) -> int:
+def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
     """Take back the newest state, if there is one; the step it is of."""
-    begin, tensors = run.load_state(task.optimizers, samples)
+    begin, tensors = run.load_state(task.optimizers)
     if tensors:
         task.load_state(tensors)
     if engine.any(begin != engine.of_main(begin)):
@@ -89,7 +88,6 @@ def _steps(
     run: RunFolder,
     stream: Iterator[Any],
     begin: int,
-    samples: int,
     validate: Callable[[int], dict[str, float]],
     on_step: Callable[[int, dict[str, float]], None],
     stop: _StopSignal,
@@ -109,14 +107,14 @@ def _steps(
         rolling_back = task.guard.wants_roll_back
         if rolling_back:
             roll_backs += 1
-            _roll_back(task, run, done, roll_backs, samples)
+            _roll_back(task, run, done, roll_backs)
         stopping = engine.any(stop.requested)
         due = done % cfg.save_every == 0 and not rolling_back and task.guard.in_a_row == 0  # weights in doubt don't replace good ones
         if due or stopping or done == steps:
             roll_backs = 0
             state = engine.gathered(task.state() | optimizer_tensors(task.optimizers))
             if engine.is_main:
-                run.save_state(done, state, samples)
+                run.save_state(done, state)
             engine.wait()
         if stopping and done < steps:
             raise Interrupted(f"stopped at step {done}; the same command goes on from there")
@@ -141,10 +139,10 @@ def _log(record: dict[str, float], engine: Engine, run: RunFolder) -> None:
         engine.track(record, int(record["step"]))
 
 
-def _roll_back(task: Task, run: RunFolder, step: int, times: int, samples: int) -> None:
+def _roll_back(task: Task, run: RunFolder, step: int, times: int) -> None:
     """Take weights and optimizers from the newest saved state; the schedule and the data go on, past what did the harm."""
     skipped = int(task.guard.skipped)
-    saved, tensors = run.load_state(task.optimizers, samples)
+    saved, tensors = run.load_state(task.optimizers)
     if not tensors or times > MAX_ROLL_BACKS:
         why = "no state is saved yet" if not tensors else f"rolled back to step {saved} {MAX_ROLL_BACKS} times"
         raise TrainingError(f"{run.path}: diverged at step {step}: gradients not finite or too large, and {why}; lower optimizer.lr")

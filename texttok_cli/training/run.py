@@ -36,6 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.samples = 0  # training examples, known when the data is open: a state goes on with as many
         self.model_path = path / "model.safetensors"
         self.metrics_path = path / "metrics.jsonl"
         self.state_path = path / "state"
@@ -87,15 +88,14 @@ class RunFolder:
         with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
             picture.save(tmp, format="PNG")
 
-    def save_state(self, step: int, tensors: Mapping[str, Tensor], samples: int) -> None:
-        """Write the state of optimizer step `step` on so many training examples and remove older ones; a kill at any moment
-        leaves a whole one."""
+    def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""
         folder = self.state_path / f"step-{step:08d}"
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_safetensors(partial / "state.safetensors", tensors, {"texttok_state": 1, "step": step, "samples": samples})
+            save_safetensors(partial / "state.safetensors", tensors, {"texttok_state": 1, "step": step, "samples": self.samples})
         except BaseException:  # a full disk: give back what was taken of it
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -105,7 +105,7 @@ class RunFolder:
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)  # some process may still have it open, which network file systems mind
 
-    def load_state(self, optimizers: list[Optimizer], samples: int) -> tuple[int, dict[str, Tensor]]:
+    def load_state(self, optimizers: list[Optimizer]) -> tuple[int, dict[str, Tensor]]:
         """(step, tensors) of the newest state, with the optimizers filled; (0, {}) in a new folder.
 
         Raises TrainingError if it was trained on another number of examples: their order would be another.
@@ -114,9 +114,9 @@ class RunFolder:
         if not states:
             return 0, {}
         meta, tensors = load_safetensors(states[-1] / "state.safetensors", error=CheckpointError)
-        if meta.get("samples", samples) != samples:
+        if meta.get("samples", self.samples) != self.samples:
             raise TrainingError(
-                f"{self.path}: was trained on {meta['samples']:,} examples, now there are {samples:,}: bring back the same data"
+                f"{self.path}: was trained on {meta['samples']:,} examples, now there are {self.samples:,}: bring back the same data"
             )
         for i, optimizer in enumerate(optimizers):
             _restore_optimizer(optimizer, i, tensors)

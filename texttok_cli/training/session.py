@@ -40,6 +40,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     run = RunFolder(out)
     engine = Engine(recipe.training, out=out, device=device)
     train_set, val_set = _open(recipe, recipe.data.train), _open(recipe, recipe.data.val) if recipe.data.val else None
+    run.samples = len(train_set)
     report.message(f"{len(train_set):,} training images, {len(val_set) if val_set else 0:,} for validation")
     if engine.is_main:
         run.open(recipe)
@@ -81,16 +82,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
 
     steps = recipe.schedule.steps
     try:
-        train(
-            recipe,
-            task,
-            engine,
-            run,
-            loader.batches,
-            len(train_set),
-            validate,
-            lambda step, values: report.progress("training", step, steps, values),
-        )
+        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
     finally:
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)
