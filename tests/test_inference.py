@@ -153,7 +153,7 @@ def test_a_dataset_is_encoded_with_its_record(dtype: str, tokenizer: Tokenizer, 
     ],
 )
 def test_a_text_that_no_file_can_hold_is_refused_before_any_work(item_id: str, caption: str, reason: str, tokenizer: Tokenizer) -> None:
-    dataset = Dataset([Item(item_id, Path("none"))])
+    dataset = Dataset([Item(item_id, "none")])
     with pytest.raises(DataError, match=reason):
         next(encode_dataset(tokenizer, dataset, [caption], batch_size=1, on_error=unexpected))
 

@@ -237,6 +237,20 @@ def test_shards_hold_all_in_order(tmp_path: Path) -> None:
     assert again.header == tokens.header and torch.equal(again.z, tokens.z)
 
 
+def test_batches_of_any_size_wait_as_they_were_when_they_came(tmp_path: Path) -> None:
+    """Some longer than a shard, and while others wait; what the caller does with its tensor later is no matter."""
+    tokens, folder, first = make(25), open_folder(tmp_path), 0
+    for size in (1, 2, 9, 3, 6, 1, 1, 2):
+        part = select(tokens, range(first, first + size))
+        folder.add(part)
+        part.z.zero_()
+        first += size
+    folder.finish()
+    assert [shard.images for shard in read_index(tmp_path).shards] == [12, 9, 4]
+    again = everything(tmp_path)
+    assert again.header == tokens.header and torch.equal(again.z, tokens.z)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 def test_statistics_are_those_of_all_stored_latents(dtype: str, tmp_path: Path) -> None:
     tokens = make(9, dtype=dtype)

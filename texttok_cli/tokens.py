@@ -5,10 +5,12 @@ Letters: n images, N latent tokens, d latent channels, K codes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -266,26 +268,36 @@ class TokenFolder:
     def __init__(self, path: Path, *, model_name: str, model_sha256: str, dtype: TokenDtype, shard_size: int = 4096) -> None:
         self.path, self.shard_size = path, shard_size
         self.index = TokenIndex(model_name=model_name, model_sha256=model_sha256, dtype=dtype)
-        self._there: dict[Key, tuple[str, str | None, str | None]] = {}  # -> (input sha256, caption, class) of what the shards hold
-        self._waiting: list[Tokens] = []
+        self._there: dict[Key, bytes] = {}  # -> `_made_of`, of what the shards hold
+        self._waiting: list[TokenHeader] = []
+        # Their tokens, in one buffer that is kept: a small tensor a batch would stay in the heap among the model's large ones,
+        # and leave ever less room between them (measured: 250 MB more by the time a shard is full).
+        self._buffer: Tensor | None = None
         if (path / "index.json").exists():
             self._resume(read_index(path))
 
     def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flipped: bool = False) -> bool:
         """Whether the tokens of this image with this caption and class are there."""
-        return self._there.get((image_id, flipped)) == (input_sha256, caption, class_name)
+        return self._there.get((image_id, flipped)) == _made_of(input_sha256, caption, class_name)
 
     def add(self, tokens: Tokens) -> None:
         """Take tokens of some images, in the place of what is there of them; a shard is written whenever enough have come."""
-        self._waiting.append(tokens)
-        if sum(map(len, self._waiting)) >= self.shard_size:
+        first = sum(len(header.ids) for header in self._waiting)
+        end = first + len(tokens)
+        if self._buffer is None or end > len(self._buffer):
+            there = [] if self._buffer is None else [self._buffer[:first]]
+            self._buffer = torch.cat([*there, tokens.z.new_empty(self.shard_size + len(tokens) - first, *tokens.z.shape[1:])])
+        self._buffer[first:end] = tokens.z
+        self._waiting.append(tokens.header)
+        if end >= self.shard_size:
             self.flush()
 
     def flush(self) -> None:
         """Write what is waiting as a shard, then the index that names it; shards it replaced are deleted last."""
-        if not self._waiting:
+        if self._buffer is None or not self._waiting:
             return
-        tokens = concatenate(self._waiting)
+        header = _joined(self._waiting)
+        tokens = Tokens(self._buffer[: len(header.ids)], header)
         before = self.index.shards
         replaced = self._there.keys() & set(_keys(tokens.header))
         number = 1 + max((int(shard.file[6:11]) for shard in before), default=-1)
@@ -327,7 +339,7 @@ class TokenFolder:
     def _note(self, header: TokenHeader) -> None:
         nothing: Sequence[str | None] = [None] * len(header.ids)
         made_of = zip(header.input_sha256, header.captions or nothing, header.class_names or nothing, strict=True)
-        self._there.update(zip(_keys(header), made_of, strict=True))
+        self._there.update(zip(_keys(header), starmap(_made_of, made_of), strict=True))
 
     def _resume(self, found: TokenIndex) -> None:
         for key in ("model_sha256", "dtype"):
@@ -337,6 +349,11 @@ class TokenFolder:
         self.index = found
         for shard in found.shards:
             self._note(load_token_header(self.path / shard.file))
+
+
+def _made_of(input_sha256: str, caption: str | None, class_name: str | None) -> bytes:
+    """A digest of what tokens were made of: shorter than its parts, and a large folder has many."""
+    return hashlib.blake2b(json.dumps([input_sha256, caption, class_name]).encode(), digest_size=16).digest()
 
 
 def read_index(folder: Path) -> TokenIndex:
@@ -367,14 +384,18 @@ def read_shards(folder: Path) -> Iterator[Tokens]:
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
     """Tokens of one model and dtype, one after the other."""
-    columns = {name: [value for part in parts for value in getattr(part.header, name)] for name in _columns(parts[0].header)}
-    return Tokens(torch.cat([part.z for part in parts]), parts[0].header.model_copy(update=columns))
+    return Tokens(torch.cat([part.z for part in parts]), _joined([part.header for part in parts]))
 
 
 def select(tokens: Tokens, chosen: Sequence[int]) -> Tokens:
     """Some of the images, by index."""
     columns = {name: [getattr(tokens.header, name)[i] for i in chosen] for name in _columns(tokens.header)}
     return Tokens(tokens.z[list(chosen)], tokens.header.model_copy(update=columns))
+
+
+def _joined(headers: Sequence[TokenHeader]) -> TokenHeader:
+    columns = {name: [value for header in headers for value in getattr(header, name)] for name in _columns(headers[0])}
+    return headers[0].model_copy(update=columns)
 
 
 def _columns(header: TokenHeader) -> list[str]:

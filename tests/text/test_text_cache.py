@@ -45,9 +45,15 @@ def test_the_least_recently_used_text_goes_first() -> None:
     assert encoder.asked == ["a", "b", "c", "b"]
 
 
-def test_a_batch_larger_than_the_cache_is_answered_whole() -> None:
-    cache = EmbeddingCache(Counting(), max_bytes=1)
-    assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
+def test_a_batch_larger_than_the_cache_is_kept_until_the_next() -> None:
+    """As images are encoded and then decoded under the same texts."""
+    encoder = Counting()
+    cache = EmbeddingCache(encoder, max_bytes=1)
+    for _ in range(2):
+        assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
+    assert encoder.asked == TEXTS[:3]
+    cache(["another"])
+    assert list(cache._states) == ["another"]
 
 
 def test_what_was_cached_in_inference_can_be_trained_with() -> None:

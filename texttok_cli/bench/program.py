@@ -20,7 +20,9 @@ from texttok_cli.errors import BackendError
 RUNS = 5
 SIDE = 128
 HUSHED = ("--offline", "--quiet")
-FEW, MANY = 40, 1000  # images in the folders that are encoded
+# Images in the folders that are encoded. Few: ten batches, by which threads, buffers and heap are what they stay; the first
+# batch alone has less, as no later image is read yet while the heap is still small. Many: two shards and a part of one.
+FEW, MANY = 320, 10_000
 # What encoding one image can't do without.
 BARE = """
 import torch, tokenizers, safetensors.torch

@@ -268,7 +268,7 @@ def _captions_of_npz(samples: Images, captions: Path | None) -> list[str]:
 
     if captions is None:
         raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
-    return _captions(Dataset(with_captions([Item(position, captions) for position in samples.ids], captions)))
+    return _captions(Dataset(with_captions([Item(position, str(captions)) for position in samples.ids], captions)))
 
 
 def _stem(image_id: str) -> str:

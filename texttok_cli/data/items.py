@@ -20,11 +20,16 @@ class Item:
     """
 
     id: str
-    path: Path
+    file: str  # its path; a Path takes three times the memory, and there may be millions
     caption: str | None = None
     class_name: str | None = None
-    offset: int = 0  # within `path`, for a member of a shard
+    offset: int = 0  # within `file`, for a member of a shard
     size: int | None = None  # bytes; None: the whole file
+
+    @property
+    def path(self) -> Path:
+        """Of the image file, or of the shard that it is a member of."""
+        return Path(self.file)
 
     @property
     def in_shard(self) -> bool:
@@ -58,7 +63,7 @@ class Dataset:
                 file.seek(item.offset)
                 data = file.read(MAX_FILE_BYTES + 1 if item.size is None else min(item.size, MAX_FILE_BYTES + 1))
         except OSError as err:
-            raise DataError(f"{item.id}: {item.path}: {err.strerror}") from None
+            raise DataError(f"{item.id}: {item.file}: {err.strerror}") from None
         if len(data) > MAX_FILE_BYTES:
             raise DataError(f"{item.id}: larger than {MAX_FILE_BYTES:,} bytes")
         return data

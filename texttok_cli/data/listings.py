@@ -22,7 +22,7 @@ def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
         name = line.rstrip("\r\n")
         if name:
             path = Path(name)
-            yield Item(name, path, sidecar(path)) if path.is_file() else Skipped(name, "no such file")
+            yield Item(name, str(path), sidecar(path)) if path.is_file() else Skipped(name, "no such file")
 
 
 def from_folder(folder: Path) -> Iterator[Item | Skipped]:
@@ -38,7 +38,7 @@ def from_folder(folder: Path) -> Iterator[Item | Skipped]:
             yield Skipped(relative.as_posix(), f"{suffix} images can't be read; convert it to PNG or JPEG")
         elif suffix in IMAGE_SUFFIXES:
             class_name = relative.parent.as_posix() if len(relative.parts) > 1 else None
-            items.append(Item(relative.as_posix(), path, sidecar(path), class_name))
+            items.append(Item(relative.as_posix(), str(path), sidecar(path), class_name))
     captions = folder / "captions.jsonl"
     yield from with_captions(items, captions) if captions.is_file() else items
 
@@ -59,7 +59,7 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
             yield Skipped(where, "caption, class and id must be text")
         else:
             label = None if class_name is None else str(class_name)
-            yield Item(row["image"] if item_id is None else str(item_id), image, caption or sidecar(image), label)
+            yield Item(row["image"] if item_id is None else str(item_id), str(image), caption or sidecar(image), label)
 
 
 def sidecar(path: Path) -> str | None:

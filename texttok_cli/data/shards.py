@@ -28,7 +28,7 @@ class _Index:
 def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped]:
     """Images of a shard in its order; only headers and texts are read. What a cut or damaged shard has lost is Skipped."""
     index = _scan(path)
-    size = path.stat().st_size
+    file, size = str(path), path.stat().st_size  # one string for all items
     last = next(reversed(index.images), None)
     for key, member in index.images.items():
         texts = index.texts.get(key, {})
@@ -42,7 +42,7 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
         else:
             class_name = info["class"] if "class" in info else texts.get(".cls")
             caption = _caption(info, texts.get(".txt"), caption_field)
-            yield Item(key, path, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
+            yield Item(key, file, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
     yield from index.skipped
     if index.broken:
         yield Skipped(path.name, f"unreadable from some point on: {index.broken}")

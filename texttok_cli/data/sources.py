@@ -78,7 +78,7 @@ def _list_source(source: str, caption_field: str | None) -> Iterator[Item | Skip
     if suffix in (".jsonl", ".csv"):
         return from_manifest(path)
     if suffix in IMAGE_SUFFIXES:
-        return iter([Item(path.name, path, sidecar(path))])
+        return iter([Item(path.name, str(path), sidecar(path))])
     raise DataError(f"{path}: neither an image, a folder, a manifest (.jsonl, .csv) nor a shard (.tar)")
 
 

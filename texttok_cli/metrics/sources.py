@@ -74,7 +74,7 @@ class FileImages(Images):
 
     def fingerprint(self) -> str:
         """See `Images`."""
-        places = [(item.id, str(item.path), item.offset, item.size) for item in self.dataset.items]
+        places = [(item.id, item.file, item.offset, item.size) for item in self.dataset.items]
         return _digest([self.crop, places], {item.path for item in self.dataset.items})
 
     def identity(self) -> str:

@@ -12,12 +12,13 @@ from texttok_cli.text.base import TextEncoder, pad, unpad
 
 
 class EmbeddingCache:
-    """A text encoder that remembers the texts it saw last, at most `max_bytes` of their states (on the encoder's device).
+    """A text encoder that remembers the texts it saw last: `max_bytes` of their states (on the encoder's device), or the last batch.
 
+    The default is for a thousand class names, or the batch that is encoded, mirrored and decoded; captions seldom come again.
     Batches are padded to the longest text's next multiple of 8, also where the encoder itself pads further.
     """
 
-    def __init__(self, encoder: TextEncoder, *, max_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, encoder: TextEncoder, *, max_bytes: int = 16 * 2**20) -> None:
         self.encoder, self.max_bytes = encoder, max_bytes
         self.config, self.dim, self.max_tokens, self.fingerprint = encoder.config, encoder.dim, encoder.max_tokens, encoder.fingerprint
         self._states: OrderedDict[str, Tensor] = OrderedDict()  # (T_i, C), the least recently used first
@@ -38,7 +39,7 @@ class EmbeddingCache:
         for text in texts:
             self._states.move_to_end(text)
         condition = pad([self._states[text] for text in texts], self.max_tokens)
-        while self._bytes > self.max_bytes:
+        while self._bytes > self.max_bytes and len(self._states) > len(set(texts)):
             _, oldest = self._states.popitem(last=False)
             self._bytes -= oldest.nbytes
         return condition
