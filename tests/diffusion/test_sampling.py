@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from texttok_cli.config.schema import GeneratorConfig
 from texttok_cli.diffusion import FITTING, SampleRng, build_process, parse_cfg, sample
 from texttok_cli.errors import RecipeError
+from texttok_cli.models import prepared
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.prepared import PreparedDiT
@@ -115,6 +116,22 @@ def test_no_pass_runs_that_has_no_weight(cfg: str, expected: list[bool], guided_
     else:
         assert [call for call in calls if call[0]] == [(True, i, False) for i in range(5)]
         assert [i for ours, i, _ in calls if not ours] == [i for i, runs in enumerate(expected) if runs]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there steps are recorded as CUDA graphs")
+@pytest.mark.parametrize("cfg", ["1", "1.5", "1.5:interval=0.2,0.8"])
+def test_replayed_steps_are_those_of_single_kernels(cfg: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build().cuda(), IDS.cuda()
+    replayed = draw(model, guidance=parse_cfg(cfg), class_ids=ids)
+    monkeypatch.setattr(prepared, "REPLAYED_ROWS", 0)
+    torch.testing.assert_close(draw(model, guidance=parse_cfg(cfg), class_ids=ids), replayed, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there steps are recorded as CUDA graphs")
+def test_steps_are_recorded_again_for_the_next_batch() -> None:
+    model, ids = build().cuda(), IDS.cuda()
+    first, second = (draw(model, class_ids=ids, autocast=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_autoguidance_goes_away_from_the_guides_prediction() -> None:

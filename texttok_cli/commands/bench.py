@@ -46,7 +46,7 @@ def latency(
 ) -> None:
     """Time every part of the pipeline with models of the paper's sizes and random weights.
 
-    Each row is a median with its quartiles. On a CPU a few denoising steps and a part of a large batch are run and multiplied,
+    Each row is a median with its quartiles. A part of the denoising steps, and on a CPU of a large batch, is run and multiplied,
     and what does not fit into memory is not tried; rows say so. -o writes all of it as JSON, with the machine and the versions.
     """
     import torch

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLOPE = 0.2  # of the leaky ReLU, as in StyleGAN
-BLUR = (1.0, 3.0, 3.0, 1.0)  # StyleGAN2's filter before taking every second pixel
 
 
 class Discriminator(nn.Module):
@@ -63,16 +62,17 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        row = torch.tensor(BLUR) / sum(BLUR)
-        self.register_buffer("blur", torch.outer(row, row).expand(in_channels, 1, 4, 4).contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/2, W/2)."""
-        h = _act(self.conv2(self._halve(_act(self.conv1(x)))))
-        return (h + self.shortcut(self._halve(x))) * 0.5**0.5  # type: ignore[no-any-return]
+        h = _act(self.conv2(_halve(_act(self.conv1(x)))))
+        return (h + self.shortcut(_halve(x))) * 0.5**0.5  # type: ignore[no-any-return]
 
-    def _halve(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.get_buffer("blur"), stride=2, padding=1, groups=x.shape[1])
+
+def _halve(x: Tensor) -> Tensor:
+    """Every second pixel after StyleGAN2's filter [1, 3, 3, 1] / 8, which is a mean of neighbours three times over: a convolution by
+    channel is many times slower than means on a GPU and on a CPU."""
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2, stride=1), 2, stride=1), 2)
 
 
 def _act(x: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ Letters: B batch, N tokens, D width, K distinct conditions (classes, and the nul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from texttok_cli.models.condition import Condition
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 # Times x conditions whose modulations are held at once: all of a run in one matmul a block, unless it has many classes.
 # A row of DiT-XL takes 0.39 MB in bf16, so that 0.8 GB are held at most (1.6 GB in fp32).
 MODULATION_ROWS = 2048
+# Tokens of a batch (guided ones twice) up to which a GPU may run a step faster than its kernels can be launched one by one.
+REPLAYED_ROWS = 8192
+# Without cuDNN's, which may refuse the stream of a recording.
+RECORDABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 KeysValues = tuple[Tensor, Tensor]  # (B, H, T, E) each
 
@@ -31,18 +37,48 @@ class PreparedDiT:
 
     def __init__(self, dit: DiT, times: Tensor, class_ids: Tensor | None, cond: Condition | None, *, null: bool) -> None:
         self.dit, self.times = dit, times
-        self.blocks = cast("Sequence[DiTBlock]", dit.blocks)
-        # Which of the K conditions each sample has (B,), and which one the null condition is.
-        self.classes, self.ranks, self.null_rank = _distinct(dit, class_ids, cond, null=null)
+        self.classes, ranks, null_rank = _distinct(dit, class_ids, cond, null=null)
         self.rows = 1 if self.classes is None else len(self.classes)  # K; a text model's modulations depend on the time only
-        self.text, self.text_mask, self.null_text = self._keys_values(cond, null=null)
+        self.blocks = _Blocks(dit, ranks, null_rank, cond, null=null)
         self.first = -1
         self.modulations: list[Tensor] = []  # of the times from `first` on; none yet
+        self.replayed: dict[bool, Replayed] = {}  # by `null`
 
     def __call__(self, x: Tensor, step: int, *, null: bool = False) -> Tensor:
         """Noisy latents (B, ...) at times[step] -> predictions as DiT.forward's; with `null` (2B, ...), the null condition's last."""
+        predict: Callable[..., Tensor] = partial(self.blocks, null=null)
+        if x.is_cuda and (1 + null) * len(x) * len(self.dit.positions) <= REPLAYED_ROWS:
+            predict = self.replayed.setdefault(null, Replayed(predict))
+        return predict(x, *self._modulations_at(step))
+
+    def _modulations_at(self, step: int) -> list[Tensor]:
+        """Of each block (K, 6D), and of the output (K, 2D), at one time."""
+        count = max(1, MODULATION_ROWS // self.rows)
+        first = step // count * count
+        if first != self.first:
+            times = self.times[first : first + count]
+            ids = None if self.classes is None else self.classes.repeat(len(times))
+            c = self.dit.modulator(times.repeat_interleave(self.rows), ids)  # (times*K, D)
+            self.modulations = []  # given back before the next are made
+            linears = [*(block.modulation for block in self.blocks.blocks), self.dit.final_modulation]
+            self.modulations = [linear(c).unflatten(0, (-1, self.rows)) for linear in linears]  # (times, K, 6D)
+            self.first = first
+        return [table[step - first] for table in self.modulations]
+
+
+class _Blocks:
+    """The network but for its modulations. It knows nothing of recordings: one in a reference cycle is deleted at any time, by the
+    garbage collector, and a recording that is being made then fails."""
+
+    def __init__(self, dit: DiT, ranks: Tensor, null_rank: int, cond: Condition | None, *, null: bool) -> None:
+        self.dit, self.ranks, self.null_rank = dit, ranks, null_rank  # which of the K conditions each sample has (B,), and the null one's
+        self.blocks = cast("Sequence[DiTBlock]", dit.blocks)
+        self.text, self.text_mask, self.null_text = self._keys_values(cond, null=null)
+
+    def __call__(self, x: Tensor, *tables: Tensor, null: bool) -> Tensor:
+        """`PreparedDiT.__call__` with the modulations of the K conditions, (K, 6D) for each block and (K, 2D) for the output."""
         ranks = torch.cat([self.ranks, torch.full_like(self.ranks, self.null_rank)]) if null else self.ranks
-        *modulations, final = (table[ranks][:, None] for table in self._modulations_at(step))  # (B or 2B, 1, 6D) each
+        *modulations, final = (table[ranks][:, None] for table in tables)  # (B or 2B, 1, 6D) each
         h = self.dit.tokens(torch.cat([x, x]) if null else x)
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
             h = block.run(h, modulation, self._reader(i) if self.text else None)
@@ -59,20 +95,6 @@ class PreparedDiT:
         null_text = [layer.keys_values(null_tokens) for layer in layers] if null else []
         return [layer.keys_values(text.tokens) for layer in layers], text.mask, null_text
 
-    def _modulations_at(self, step: int) -> list[Tensor]:
-        """Of each block (K, 6D), and of the output (K, 2D), at one time."""
-        count = max(1, MODULATION_ROWS // self.rows)
-        first = step // count * count
-        if first != self.first:
-            times = self.times[first : first + count]
-            ids = None if self.classes is None else self.classes.repeat(len(times))
-            c = self.dit.modulator(times.repeat_interleave(self.rows), ids)  # (times*K, D)
-            self.modulations = []  # given back before the next are made
-            linears = [*(block.modulation for block in self.blocks), self.dit.final_modulation]
-            self.modulations = [linear(c).unflatten(0, (-1, self.rows)) for linear in linears]  # (times, K, 6D)
-            self.first = first
-        return [table[step - first] for table in self.modulations]
-
     def _reader(self, i: int) -> Callable[[Tensor], Tensor]:
         """How normalised tokens read the text in block i: the first B rows their own, further ones the null tokens."""
         cross, batch = self.blocks[i].cross, len(self.ranks)
@@ -86,6 +108,35 @@ class PreparedDiT:
             return torch.cat([y, cross.read(q[batch:], k, v, None)])
 
         return read
+
+
+class Replayed:
+    """A function of tensors of unchanging shapes on a GPU: called the first time, then recorded as a CUDA graph and replayed.
+
+    A small batch's step is hundreds of short kernels, which take longer to launch one by one than to run.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.warm = function, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.output = torch.empty(0)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function's value, of tensors shaped as at the first call."""
+        if not self.warm:  # libraries allocate and choose at the first call, which a recording does not allow
+            self.warm = True
+            with sdpa_kernel(RECORDABLE):
+                return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = [tensor.clone() for tensor in inputs]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph), sdpa_kernel(RECORDABLE):
+                self.output = self.function(*self.inputs)
+            self.graph = graph
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes over it
 
 
 def _distinct(dit: DiT, class_ids: Tensor | None, cond: Condition | None, *, null: bool) -> tuple[Tensor | None, Tensor, int]:
