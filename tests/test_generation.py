@@ -12,6 +12,7 @@ from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 from torch import Tensor
 
 from texttok_cli import Generator, load_generator
+from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
 from texttok_cli.data.labels import find_class, spread_labels
 from texttok_cli.diffusion import parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TextTokError
@@ -171,6 +172,19 @@ def test_the_tokenizer_beside_or_named(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(named.sample(classes=[0], **FAST), beside.sample(classes=[0], **FAST))
     with pytest.raises(CheckpointError, match=r"g: makes the latents of tokenizer plain \(.*\), not of tokenizer text \("):
         load_generator(alone / "g.safetensors", tokenizer=folder / "text.safetensors", device="cpu")
+
+
+def test_a_tokenizer_whose_detokenizer_was_trained_on_reads_the_same_latents(folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "class-plain.safetensors", alone / "g.safetensors")
+    model, info = load_tokenizer_file(folder / "plain.safetensors")
+    with torch.no_grad():
+        model.to_pixels.bias.add_(0.1)
+    save_tokenizer(alone / "sharper.safetensors", model, training={}, latents_of=info.sha256)
+    generator = load_generator(alone / "g.safetensors", device="cpu")
+    assert generator.tokenizer.info.name == "sharper"
+    assert generator.sample(classes=[0], **FAST).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ class ModelHeader(Config):
     texttok_model: int  # version of this format
     task: Literal["tokenizer"]
     model: TokenizerConfig
+    # sha256 of the model whose detokenizer alone was trained on into this one: latents of that one are this one's too.
+    latents_of: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     training: dict[str, Any] = Field(default_factory=dict)  # how it came about: recipe, steps, images seen, version
 
 
@@ -72,6 +74,11 @@ class ModelInfo:
     sha256: str
     header: ModelHeader
 
+    @property
+    def latents_made_by(self) -> tuple[str, ...]:
+        """sha256 of this model, and of the one whose latents are this one's too."""
+        return (self.sha256,) if self.header.latents_of is None else (self.sha256, self.header.latents_of)
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratorInfo:
@@ -83,9 +90,11 @@ class GeneratorInfo:
     train_captions: Tensor
 
 
-def save_tokenizer(path: Path, model: TexTok, *, training: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+def save_tokenizer(
+    path: Path, model: TexTok, *, training: dict[str, Any], latents_of: str | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically."""
-    header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, training=training)
+    header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=latents_of, training=training)
     save_safetensors(path, _weights(model, dtype), header.model_dump(mode="json"))
 
 
@@ -134,6 +143,11 @@ def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tu
 def read_tokenizer_info(path: Path) -> ModelInfo:
     """Who a tokenizer is, without its weights. CheckpointError as `load_tokenizer_file`."""
     return ModelInfo(model_name(path), sha256_file(path), _tokenizer_header(path)[0])
+
+
+def reads_latents_of(path: Path, sha256: str) -> bool:
+    """Whether the file is the tokenizer of this hash, or one that reads the same latents (see ModelHeader)."""
+    return sha256_file(path) == sha256 or read_header(path, error=CheckpointError)[0].get("latents_of") == sha256
 
 
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:

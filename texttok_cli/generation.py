@@ -18,13 +18,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from texttok_cli.checkpoint import GeneratorInfo, caption_hash, load_generator_file
+from texttok_cli.checkpoint import GeneratorInfo, caption_hash, load_generator_file, reads_latents_of
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
 from texttok_cli.data.labels import find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Guidance, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
-from texttok_cli.files import sha256_file
 from texttok_cli.inference import CLASS_TEXT, Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
 from texttok_cli.models.dit import DiT
 from texttok_cli.text import EmbeddingCache, load_text_encoder
@@ -225,7 +224,7 @@ def load_generator(
         _check_guide(info, weaker[1])
     found = _find_tokenizer(info, file) if tokenizer is None else find_model(tokenizer, offline=offline)
     decoder = load_tokenizer(found, device=device, precision=precision, offline=offline)
-    if decoder.info.sha256 != info.header.tokenizer_sha256:
+    if info.header.tokenizer_sha256 not in decoder.info.latents_made_by:
         raise CheckpointError(
             f"{info.name}: makes the latents of {_tokenizer_of(info)}, not of {_named(decoder.info.name, decoder.info.sha256)}"
         )
@@ -257,7 +256,7 @@ def _find_tokenizer(info: GeneratorInfo, file: Path) -> Path:
     candidates = [*bundled_models().values(), *sorted(file.parent.glob("*.safetensors"))]
     candidates.sort(key=lambda path: path.stem != info.header.tokenizer_name)  # the likely one first: hashing takes a while
     for path in dict.fromkeys(candidates):
-        if sha256_file(path) == info.header.tokenizer_sha256:
+        if reads_latents_of(path, info.header.tokenizer_sha256):
             return path
     raise CheckpointError(
         f"{info.name}: makes the latents of {_tokenizer_of(info)}, which is neither bundled nor beside its file: give it with --tokenizer"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
 from texttok_cli.commands.decode import safe_parts
 from texttok_cli.errors import TokenFileError
 from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
@@ -128,6 +129,19 @@ def test_the_wrong_model_is_refused(decode: Run, make: Callable[..., Tokens], mo
     run = decode(file)
     assert run.code == 1 and "made with model gone" in one_line(run.err) and "give its file with --model" in run.err
     assert not pngs(tmp_path)
+
+
+def test_a_model_with_the_same_latents_decodes(decode: Run, make: Callable[..., Tokens], models: Path, tmp_path: Path) -> None:
+    save_tokens(tmp_path / "a.tok.safetensors", make("a.png"))
+    model, info = load_tokenizer_file(models / "text.safetensors")
+    with torch.no_grad():
+        model.to_pixels.bias.add_(0.5)
+    save_tokenizer(tmp_path / "brighter.safetensors", model, training={}, latents_of=info.sha256)
+    images = []
+    for name in ("text", tmp_path / "brighter.safetensors"):
+        assert decode(tmp_path / "a.tok.safetensors", "--model", name, "-o", tmp_path / "a.png").code == 0
+        images.append(np.asarray(Image.open(tmp_path / "a.png")).mean())
+    assert images[1] > images[0]
 
 
 def test_a_model_that_is_not_bundled_is_named(texttok: Run, make: Callable[..., Tokens], models: Path, tmp_path: Path) -> None:

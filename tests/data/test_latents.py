@@ -47,7 +47,7 @@ def write(path: Path, *parts: Tokens, complete: bool = True) -> Path:
 
 
 def open_store(*folders: Path) -> LatentStore:
-    return LatentStore.open(folders, model_sha256=MODEL)
+    return LatentStore.open(folders, made_by=[MODEL])
 
 
 def test_several_folders_are_one_store_in_their_order(tmp_path: Path) -> None:

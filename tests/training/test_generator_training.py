@@ -129,7 +129,7 @@ def test_a_run_leaves_a_generator_that_knows_what_it_was_trained_on(
     assert (header.tokenizer_name, header.tokenizer_sha256) == ("text", sha256_file(models / "text.safetensors"))
     assert (header.classes, header.class_counts) == (["even", "odd"], [7, 7])
     assert header.training["images_seen"] == 24
-    latents = LatentStore.open([store], model_sha256=header.tokenizer_sha256)
+    latents = LatentStore.open([store], made_by=[header.tokenizer_sha256])
     assert info.train_captions.tolist() == sorted({caption_hash(str(text)) for text in latents.captions})
     flat = latents.z.double().flatten(0, 1)
     torch.testing.assert_close(dit.latent_mean.double(), flat.mean(0), rtol=1e-5, atol=1e-6)
@@ -155,7 +155,7 @@ def test_the_loss_falls(recipe_file: RecipeFile, tmp_path: Path, store: Path) ->
 
 def test_what_is_dropped_is_a_function_of_the_step_and_as_much_as_asked(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> None:
     recipe = load_recipe(str(recipe_file()), ["model.condition.dropout=0.25", "training.batch_size=8192"])
-    latents = LatentStore.open([store], model_sha256=sha256_file(Path(recipe.data.tokenizer)))
+    latents = LatentStore.open([store], made_by=[sha256_file(Path(recipe.data.tokenizer))])
     task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda indices: {}, latents.statistics)
     x0 = torch.zeros(8192, 4, 8)
     first, again, other = task._draw(x0, 5), task._draw(x0, 5), task._draw(x0, 6)
@@ -169,7 +169,7 @@ def test_what_is_dropped_is_a_function_of_the_step_and_as_much_as_asked(recipe_f
 def test_the_step_is_the_loss_of_the_process_on_standardised_latents(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> None:
     """Against the formula written out: MSE of eps on x_t of the standardised latents, for one batch and no dropout."""
     recipe = load_recipe(str(recipe_file()), ["model.condition.dropout=0", "model.process.learned_sigma=false"])
-    latents = LatentStore.open([store], model_sha256=sha256_file(Path(recipe.data.tokenizer)))
+    latents = LatentStore.open([store], made_by=[sha256_file(Path(recipe.data.tokenizer))])
     ids = torch.tensor([0, 1, 1, 0])
     task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda i: {"class_ids": ids}, latents.statistics)
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_a_twin_without_text_takes_prompts_from_a_list(
     with pytest.raises(DataError, match=r"its tokens have no caption"):
         train(recipe, tmp_path / "without")
     captions = tmp_path / "captions.jsonl"
-    ids = LatentStore.open([plain], model_sha256=sha256_file(models / "plain.safetensors")).ids
+    ids = LatentStore.open([plain], made_by=[sha256_file(models / "plain.safetensors")]).ids
     captions.write_text("".join(json.dumps({"id": image_id, "caption": f"about {image_id}"}) + "\n" for image_id in ids))
     train(recipe, tmp_path / "with", f"data.captions={captions}")
     _, info = load_generator_file(tmp_path / "with" / "model.safetensors")

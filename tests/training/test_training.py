@@ -18,9 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from texttok_cli.assets import ASSETS, _in_package
+from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import TrainLoader, open_dataset
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
+from texttok_cli.files import sha256_file
 from texttok_cli.training.conditioning import class_ids
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.loop import Interrupted
@@ -413,6 +415,22 @@ def test_a_run_starts_from_a_models_weights(recipe_file: RecipeFile, tmp_path: P
     assert not torch.equal(a["patch_tokens"], b["patch_tokens"])
     with pytest.raises(RecipeError, match=r"start_from: .*differs in num_tokens"):
         train(recipe_file(), tmp_path / "third", f"training.start_from={first}", "model.num_tokens=5")
+
+
+@pytest.mark.parametrize("bottleneck", ["continuous", "vq"])
+def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile, tmp_path: Path, pictures: Path, bottleneck: str) -> None:
+    model = f"model.bottleneck.kind={bottleneck}"
+    train(recipe_file(training={"weights": "fp32"}), tmp_path / "first", model)
+    first = tmp_path / "first" / "model.safetensors"
+    changes = (model, "training.detokenizer_only=true", f"training.start_from={first}", "training.weights=fp32")
+    train(recipe_file(), tmp_path / "second", *changes)
+    a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
+    learned = {name for name in a if not torch.equal(a[name], b[name])}
+    assert learned == {name for name in a if name.startswith(("latent_embed", "latent_pos", "patch_tokens", "detokenizer", "to_pixels"))}
+    info = read_tokenizer_info(tmp_path / "second" / "model.safetensors")
+    assert info.latents_made_by == (info.sha256, sha256_file(first))
+    with pytest.raises(RecipeError, match=r"name a trained one in training\.start_from"):
+        train(recipe_file(), tmp_path / "third", "training.detokenizer_only=true")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")

@@ -54,7 +54,7 @@ def decode(
     with progress(quiet=quiet) as bar:
         task = bar.add_task("decoding", total=target.total, note="")
         for path, part in _parts(counts):
-            if tokenizer is None or tokenizer.info.sha256 != part.header.model_sha256:
+            if tokenizer is None or part.header.model_sha256 not in tokenizer.info.latents_made_by:
                 tokenizer = _load(part, path, model, device, precision, offline)
             _check_fits(tokenizer, part, path)
             captions = part.header.captions if caption is None else [caption] * len(part)
@@ -96,7 +96,7 @@ def _load(part: Tokens, path: Path, model: str | None, device: str, precision: L
     header = part.header
     file = find_model(model, offline=offline) if model else find_model_by_hash(header.model_sha256, header.model_name, path)
     tokenizer = load_tokenizer(file, device=device, precision=precision, offline=offline)
-    if tokenizer.info.sha256 != header.model_sha256:
+    if header.model_sha256 not in tokenizer.info.latents_made_by:
         raise TokenFileError(
             f"{path}: was made with model {header.model_name} (sha256 {header.model_sha256[:12]}...), not with"
             f" {tokenizer.info.name} ({tokenizer.info.sha256[:12]}...)"

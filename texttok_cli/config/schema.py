@@ -386,6 +386,8 @@ class TrainConfig(Config):
 class TokenizerTraining(TrainConfig):
     """A tokenizer's run."""
 
+    # TiTok's second stage: latents stay those of `start_from`, and with them every generator that was trained on them.
+    detokenizer_only: bool = False
     val_images: int = Field(512, ge=1)
     val_rfid: bool = False  # also the rFID of those images, if the features' weights are found: of so few a number to watch, not to quote
     grid_images: int = Field(8, ge=0)  # validation images drawn beside their reconstructions at every validation
@@ -425,6 +427,12 @@ class TokenizerRecipe(Recipe):
     data: DataConfig
     objective: Objective = Objective()
     training: TokenizerTraining = TokenizerTraining()
+
+    @model_validator(mode="after")
+    def _detokenizer_reads_a_trained_tokenizer(self) -> TokenizerRecipe:
+        if self.training.detokenizer_only and self.training.start_from is None:
+            raise ValueError("training.detokenizer_only leaves the tokenizer as it is: name a trained one in training.start_from")
+        return self
 
     @model_validator(mode="after")
     def _adaptive_runs_uncompiled(self) -> TokenizerRecipe:

@@ -34,15 +34,15 @@ class LatentStore:
     statistics: Statistics
 
     @staticmethod
-    def open(folders: Sequence[Path], *, model_sha256: str) -> LatentStore:
-        """Read folders that `texttok encode DATASET -o FOLDER` wrote with the tokenizer of this sha256.
+    def open(folders: Sequence[Path], *, made_by: Sequence[str]) -> LatentStore:
+        """Read folders that `texttok encode DATASET -o FOLDER` wrote with a tokenizer of one of these sha256.
 
         Raises TokenFileError for a folder that is none or is damaged, DataError for one of another tokenizer, of codes, or
         whose encoding was cut off.
         """
         indices = {folder: read_index(folder) for folder in folders}
         for folder, index in indices.items():
-            _check(folder, index, model_sha256)
+            _check(folder, index, made_by)
         dtype = torch.float32 if any(index.dtype == "fp32" for index in indices.values()) else torch.float16
         z, filled = torch.empty(0), 0
         ids: list[str] = []
@@ -83,11 +83,11 @@ class LatentStore:
         return [str(text) for text in texts]
 
 
-def _check(folder: Path, index: TokenIndex, model_sha256: str) -> None:
-    if index.model_sha256 != model_sha256:
+def _check(folder: Path, index: TokenIndex, made_by: Sequence[str]) -> None:
+    if index.model_sha256 not in made_by:
         raise DataError(
             f"{folder}: holds tokens of {index.model_name} (sha256 {index.model_sha256[:12]}...), not of the tokenizer that"
-            f" data.tokenizer names ({model_sha256[:12]}...); encode again with that one"
+            f" data.tokenizer names ({made_by[0][:12]}...); encode again with that one"
         )
     if not index.shards or not index.complete:
         raise DataError(f"{folder}: its encoding was cut off; run the same `texttok encode` again to complete it")

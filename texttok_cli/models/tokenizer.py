@@ -85,6 +85,14 @@ class TexTok(nn.Module):
         """Whether training computes each block but the last again in the backward pass instead of keeping its activations."""
         self.tokenizer.checkpointing = self.detokenizer.checkpointing = on
 
+    def freeze_tokenizer(self) -> None:
+        """Let training change the detokenizer alone: the latents of an image stay what they are."""
+        self.requires_grad_(False)
+        for part in (self.latent_embed, self.detokenizer, self.to_pixels):
+            part.requires_grad_(True)
+        for table in (self.latent_pos, self.patch_tokens):
+            table.requires_grad_(True)
+
     def block_matrices(self) -> list[nn.Parameter]:
         """The transformer blocks' weight matrices: what Muon orthogonalises."""
         return [p for m in self.modules() if isinstance(m, Block) for p in m.parameters() if p.ndim == 2]

@@ -41,7 +41,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     engine = Engine(recipe.training, out=out, device=device, sharding=True)
     file, tokenizer = _tokenizer(recipe, offline)
     stores = [
-        LatentStore.open([Path(name) for name in part], model_sha256=tokenizer.sha256)
+        LatentStore.open([Path(name) for name in part], made_by=tokenizer.latents_made_by)
         for part in (recipe.data.train, recipe.data.val)
         if part
     ]
@@ -172,7 +172,7 @@ def _start(recipe: GeneratorRecipe, tokenizer: ModelInfo, offline: bool) -> tupl
     if name is None:
         return None
     dit, info = load_generator_file(find_model(name, offline=offline))
-    if info.header.model != recipe.model or info.header.tokenizer_sha256 != tokenizer.sha256:
+    if info.header.model != recipe.model or info.header.tokenizer_sha256 not in tokenizer.latents_made_by:
         theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
         keys = ", ".join(key for key in ours if ours[key] != theirs[key]) or "its tokenizer"
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from texttok_cli.checkpoint import load_tokenizer_file
+from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
 from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.schema import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
@@ -88,8 +88,13 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             report.skipped(name, reason)
         engine.finish()
     if engine.is_main:
-        task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(run.model_path, history(recipe, None if start is None else start[1]))
+        info = None if start is None else start[1]
+        latents_of = None
+        if recipe.training.detokenizer_only and info is not None:
+            latents_of = info.header.latents_of or info.sha256
+        else:
+            task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
+        task.export(run.model_path, history(recipe, None if info is None else info.sha256), latents_of)
     return run.model_path
 
 
@@ -115,8 +120,8 @@ def _task(recipe: TokenizerRecipe, engine: Engine, condition: Conditioner, start
     return TokenizerTask(recipe, engine, condition, perceptual, start)
 
 
-def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, str] | None:
-    """The model that the run begins with and its sha256, if the recipe names one."""
+def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, ModelInfo] | None:
+    """The model that the run begins with, if the recipe names one."""
     name = recipe.training.start_from
     if name is None:
         return None
@@ -125,4 +130,4 @@ def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, str] | None:
         theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
         keys = ", ".join(key for key in ours if ours[key] != theirs[key])
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
-    return model, info.sha256
+    return model, info

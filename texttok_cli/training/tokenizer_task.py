@@ -48,10 +48,13 @@ class TokenizerTask:
         if start is not None:
             self.model.load_state_dict(start.state_dict())
         self.model.set_checkpointing(recipe.training.checkpointing)
+        if recipe.training.detokenizer_only:
+            self.model.freeze_tokenizer()
         average = get_ema_multi_avg_fn(recipe.training.ema)  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=average).eval()
-        self.parameters = list(self.model.parameters())
-        self.optimizers: list[Optimizer] = build_optimizers(self.parameters, self.model.block_matrices(), recipe.optimizer)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in self.model.block_matrices() if p.requires_grad]
+        self.optimizers: list[Optimizer] = build_optimizers(self.parameters, matrices, recipe.optimizer)
         self.reconstruct = engine.prepare(self.model, self.optimizers)
         self.adversary: Adversary | None = None
         if recipe.objective.adversarial is not None:
@@ -83,7 +86,7 @@ class TokenizerTask:
         if taken:
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.model.bottleneck.finish_step(self.engine.summed, taken=taken)
+        self.model.bottleneck.finish_step(self.engine.summed, taken=taken and not self.recipe.training.detokenizer_only)
         if taken:
             self.ema.update_parameters(self.model)
         if adversary is not None:
@@ -199,7 +202,7 @@ class TokenizerTask:
         if self.adversary is not None:
             self.adversary.load_state(tensors)
 
-    def export(self, path: Path, training: dict[str, Any]) -> None:
+    def export(self, path: Path, training: dict[str, Any], latents_of: str | None) -> None:
         """Write the EMA weights as a model file."""
         dtype = torch.bfloat16 if self.recipe.training.weights == "bf16" else torch.float32
-        save_tokenizer(path, self.ema_model, training=training, dtype=dtype)
+        save_tokenizer(path, self.ema_model, training=training, latents_of=latents_of, dtype=dtype)
