@@ -175,7 +175,7 @@ def _check_task(path: Path, meta: Mapping[str, Any], wanted: str) -> None:
     """CheckpointError if the file is a whole model of the other kind."""
     found = meta.get("task")
     if found in ("tokenizer", "generator") and found != wanted:
-        raise CheckpointError(f"{path}: is a {found} where a {wanted} is wanted (header.task: Input should be '{wanted}')")
+        raise CheckpointError(f"{path}: is a {found} where a {wanted} is wanted")
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -195,7 +195,7 @@ def test_the_step_is_the_loss_of_the_process_on_standardised_latents(recipe_file
         ("model.latents={kind: grid, size: 4, channels: 8}", RecipeError, "trains generators on tokens"),
         ("model.condition.num_classes=3", RecipeError, "num_classes is 3, the training images have 2 classes"),
         ("model.condition={source: text, encoder: {kind: hash, dim: 8}}", RecipeError, "one embedding serves the generator and"),
-        ("training.start_from={models}/text.safetensors", TextTokError, "header.task: Input should be 'generator'"),
+        ("training.start_from={models}/text.safetensors", TextTokError, "is a tokenizer where a generator is wanted"),
     ],
 )
 def test_mistakes_are_one_line(

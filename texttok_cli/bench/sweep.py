@@ -18,7 +18,6 @@ from texttok_cli.bench.systems import System, open_system
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.tradeoff import PointStore, Score, Series, Setting, Spec, measure_point, settings
 from texttok_cli.data import open_dataset
-from texttok_cli.diffusion import SAMPLERS, parse_cfg
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.files import sha256_file
 from texttok_cli.metrics.inception import NETWORK, POOL_DIM, FidInception
@@ -44,7 +43,8 @@ def sweep(
 
     Raises DataError, RecipeError, CheckpointError or BackendError for what a person can mend.
     """
-    _check_settings(spec)
+    opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
+    looked = {series.name: _look(series, opener) for series in spec.series}
     machine = describe(device, clock="wall")
     network = FidInception(offline=offline).to(device)
     references = _References(ref, network, device)
@@ -57,10 +57,8 @@ def sweep(
         "precision": precision,
         "machine": [machine.device, machine.name, machine.threads],
     }
-    opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
     total = sum(len(settings(series)) for series in spec.series)
     on_point(0, total, "")
-    looked = {series.name: _look(series, opener) for series in spec.series}
 
     def measure(system: System, setting: Setting) -> PointResult:
         score = _score(network, device, references.at(system.image_size))
@@ -81,15 +79,6 @@ def sweep(
         points=points,
         paper_size=paper_size,
     )
-
-
-def _check_settings(spec: Spec) -> None:
-    """RecipeError for a sampler or a guidance that there is not, before any file is read."""
-    for series in spec.series:
-        for setting in settings(series):
-            parse_cfg(setting.cfg)
-            if setting.sampler not in SAMPLERS:
-                raise RecipeError(f"{series.name}: sampler {setting.sampler!r} is none of {', '.join(SAMPLERS)}")
 
 
 Opener = Callable[[Series], System]
