@@ -9,9 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -65,18 +62,3 @@ def test_table_4a_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["loader", "step_time"])
 def test_scripts_are_made_of_what_there_is(name: str) -> None:
     assert callable(load(name).main)
-
-
-def test_between_two_models_are_the_means_of_their_weights(models: Path, tmp_path: Path) -> None:
-    script, first, second, between = load("interpolate"), models / "text.safetensors", tmp_path / "second.safetensors", tmp_path / "between"
-    model, info = load_tokenizer_file(first)
-    before = model.to_pixels.bias.clone()
-    with torch.no_grad():
-        model.to_pixels.bias.add_(1)
-    save_tokenizer(second, model, training={}, latents_of=info.sha256)
-    script.main(first, second, 0.25, between)
-    found, said = load_tokenizer_file(between)
-    torch.testing.assert_close(found.to_pixels.bias, before + 0.25, atol=0.01, rtol=0)  # bf16
-    assert said.header.latents_of == info.sha256
-    with pytest.raises(SystemExit, match=r"is not .* with its detokenizer trained on"):
-        script.main(models / "other.safetensors", second, 0.25, between)
