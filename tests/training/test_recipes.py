@@ -95,7 +95,7 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         "data.workers=0",
         "objective.perceptual=null",
         "schedule={steps: 2, warmup: 0}",
-        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false, start_from: null}",
+        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false, start_from: null, detokenizer_only: false}",
     ]
     if recipe.objective.adversarial is not None:
         overrides += ["objective.adversarial={start: 0, discriminator: {base: 4, multipliers: [1, 1]}}"]
