@@ -30,12 +30,14 @@ def main(
         while process.poll() is None:
             status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
             shards = len(list(Path(tokens).glob("out/shard-*")))
-            if "VmHWM" in status and shards > len(rows):
+            if "VmHWM" in status and shards > (rows[-1]["shards"] if rows else 0):
                 resident, peak = (int(status[key].split()[0]) / 1e3 for key in ("VmRSS", "VmHWM"))
                 rows.append({"shards": shards, "seconds": round(time.monotonic() - began, 1), "rss_MB": resident, "peak_MB": peak})
             time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"texttok encode failed with exit code {process.returncode}")
+    if not rows:
+        raise SystemExit(f"{folder}: too few images for a shard of 4,096")
     write_json(out, {"model": model, "after_shard": rows})
     print(f"{len(rows)} shards; from {rows[0]['rss_MB']:.0f} to {rows[-1]['rss_MB']:.0f} MB, at most {rows[-1]['peak_MB']:.0f} MB")
 

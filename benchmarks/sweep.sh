@@ -6,7 +6,7 @@
 #   TRAIN='train-{0000..0015}.tar' VAL=val.tar benchmarks/sweep.sh [key=value ...]
 #
 # Any key of the recipe can be changed for all runs, as schedule.steps=2000. TOKENS and KINDS narrow the sweep, SIZE is 256 or 512 pixels,
-# RECIPE the recipes (default the paper's; RECIPE=tiny/KIND-32-128 for small models of any number of tokens),
+# RECIPE the recipes (default the paper's; RECIPE=tiny/KIND-32-128 for small models of any number of tokens, with SIZE=128, which names their runs),
 # IMAGES how many of VAL are evaluated, CAPTION_FIELD which key of a shard's .json is the caption, OUT the folder of everything (default runs/sweep), LAUNCH what starts a run (default texttok; for
 # 8 GPUs 'torchrun --nproc-per-node 8 -m texttok_cli').
 set -euo pipefail
@@ -19,6 +19,7 @@ for tokens in ${TOKENS:-32 64 128 256}; do
     name="$kind-$tokens-$size"
     run="$out/$name"
     recipe="${RECIPE:-tokenizer/$name}"
+    if [[ -n "${RECIPE:-}" && "$RECIPE" != *KIND* ]]; then echo "RECIPE=$RECIPE: put KIND where texttok or baseline stands" >&2; exit 2; fi
     recipe="${recipe//KIND/$kind}"
     "${launch[@]}" train "$recipe" "model.num_tokens=$tokens" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
     if [ ! -f "$out/results/$name.json" ]; then

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 from torch import Tensor
 
@@ -182,8 +183,13 @@ def test_a_tokenizer_whose_detokenizer_was_trained_on_reads_the_same_latents(fol
     with torch.no_grad():
         model.to_pixels.bias.add_(0.1)
     save_tokenizer(alone / "sharper.safetensors", model, training={}, latents_of=info.sha256)
+    save_file({"weight": torch.zeros(1)}, alone / "another-program's.safetensors")
     generator = load_generator(alone / "g.safetensors", device="cpu")
     assert generator.tokenizer.info.name == "sharper"
+    shutil.copy(folder / "plain.safetensors", alone / "the-very-one.safetensors")
+    assert load_generator(alone / "g.safetensors", device="cpu").tokenizer.info.name == "the-very-one"
+    guide = save_tiny_generator(alone / "guide.safetensors", alone / "sharper.safetensors", BY_CLASS)
+    assert load_generator(alone / "g.safetensors", tokenizer=alone / "sharper.safetensors", guide=guide, device="cpu").guide is not None
     assert generator.sample(classes=[0], **FAST).shape == (1, 3, 32, 32)
 
 

@@ -145,9 +145,18 @@ def read_tokenizer_info(path: Path) -> ModelInfo:
     return ModelInfo(model_name(path), sha256_file(path), _tokenizer_header(path)[0])
 
 
-def reads_latents_of(path: Path, sha256: str) -> bool:
-    """Whether the file is the tokenizer of this hash, or one that reads the same latents (see ModelHeader)."""
-    return sha256_file(path) == sha256 or read_header(path, error=CheckpointError)[0].get("latents_of") == sha256
+def find_tokenizer_file(paths: Sequence[Path], sha256: str) -> Path | None:
+    """Of these files the tokenizer of this hash, or else one that reads the same latents (see ModelHeader); others may be anything."""
+    return next((path for path in paths if sha256_file(path) == sha256), None) or next(
+        (path for path in paths if _latents_of(path) == sha256), None
+    )
+
+
+def _latents_of(path: Path) -> str | None:
+    try:
+        return read_tokenizer_info(path).header.latents_of
+    except CheckpointError:
+        return None
 
 
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:

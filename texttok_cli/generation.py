@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from texttok_cli.checkpoint import GeneratorInfo, caption_hash, load_generator_file, reads_latents_of
+from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
 from texttok_cli.data.labels import find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
@@ -220,14 +220,14 @@ def load_generator(
     if not isinstance(dit.cfg.latents, TokenLatents):
         raise CheckpointError(f"{info.name}: makes feature maps, and texttok has the tokenizers of tokens only")
     weaker = None if guide is None else load_generator_file(find_model(guide, offline=offline), device=where)
-    if weaker is not None:
-        _check_guide(info, weaker[1])
     found = _find_tokenizer(info, file) if tokenizer is None else find_model(tokenizer, offline=offline)
     decoder = load_tokenizer(found, device=device, precision=precision, offline=offline)
     if info.header.tokenizer_sha256 not in decoder.info.latents_made_by:
         raise CheckpointError(
             f"{info.name}: makes the latents of {_tokenizer_of(info)}, not of {_named(decoder.info.name, decoder.info.sha256)}"
         )
+    if weaker is not None:
+        _check_guide(info, weaker[1], decoder.info)
     text, condition = decoder.text, dit.cfg.condition
     if not isinstance(condition, Prompt):
         text = None
@@ -255,18 +255,18 @@ def bundled_generator(condition: Literal["class", "text"]) -> str:
 def _find_tokenizer(info: GeneratorInfo, file: Path) -> Path:
     candidates = [*bundled_models().values(), *sorted(file.parent.glob("*.safetensors"))]
     candidates.sort(key=lambda path: path.stem != info.header.tokenizer_name)  # the likely one first: hashing takes a while
-    for path in dict.fromkeys(candidates):
-        if reads_latents_of(path, info.header.tokenizer_sha256):
-            return path
+    path = find_tokenizer_file(list(dict.fromkeys(candidates)), info.header.tokenizer_sha256)
+    if path is not None:
+        return path
     raise CheckpointError(
         f"{info.name}: makes the latents of {_tokenizer_of(info)}, which is neither bundled nor beside its file: give it with --tokenizer"
     )
 
 
-def _check_guide(info: GeneratorInfo, guide: GeneratorInfo) -> None:
+def _check_guide(info: GeneratorInfo, guide: GeneratorInfo, tokenizer: ModelInfo) -> None:
     """CheckpointError for a guide of other latents or classes; `diffusion.sample` checks the rest."""
     ours, theirs = info.header, guide.header
-    if theirs.tokenizer_sha256 != ours.tokenizer_sha256:
+    if theirs.tokenizer_sha256 not in tokenizer.latents_made_by:
         raise CheckpointError(
             f"{guide.name}: can't guide {info.name}: it makes the latents of {_tokenizer_of(guide)}, not of {_tokenizer_of(info)}"
         )

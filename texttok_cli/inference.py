@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from texttok_cli.assets import is_offline
-from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file, reads_latents_of
+from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.errors import BackendError, CheckpointError, DataError
@@ -172,9 +172,9 @@ def find_model(model: str | Path, *, offline: bool = False) -> Path:
 
 def find_model_by_hash(sha256: str, name: str, tokens: Path) -> Path:
     """The bundled model that the file `tokens` names. CheckpointError says which model to bring."""
-    for path in bundled_models().values():
-        if reads_latents_of(path, sha256):
-            return path
+    path = find_tokenizer_file(list(bundled_models().values()), sha256)
+    if path is not None:
+        return path
     raise CheckpointError(f"{tokens}: made with model {name} (sha256 {sha256[:12]}...), which is not bundled: give its file with --model")
 
 

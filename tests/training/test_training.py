@@ -429,6 +429,14 @@ def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile,
     assert learned == {name for name in a if name.startswith(("latent_embed", "latent_pos", "patch_tokens", "detokenizer", "to_pixels"))}
     info = read_tokenizer_info(tmp_path / "second" / "model.safetensors")
     assert info.latents_made_by == (info.sha256, sha256_file(first))
+    with pytest.raises(RecipeError, match=r"training\.weights: bf16 would round the tokenizer of"):
+        train(recipe_file(), tmp_path / "third", *changes[:-1], "training.weights=bf16")
+    train(recipe_file(), tmp_path / "fourth", *changes, "schedule.steps=1", "training.save_every=1")
+    (tmp_path / "fourth" / "model.safetensors").unlink()
+    train(recipe_file(training={"weights": "fp32", "seed": 5}), tmp_path / "other", model)
+    shutil.copy(tmp_path / "other" / "model.safetensors", first)
+    with pytest.raises(TrainingError, match=r"is no longer the model that this run began with"):
+        train(recipe_file(), tmp_path / "fourth", *changes, "schedule.steps=1", "training.save_every=1")
     with pytest.raises(RecipeError, match=r"name a trained one in training\.start_from"):
         train(recipe_file(), tmp_path / "third", "training.detokenizer_only=true")
 

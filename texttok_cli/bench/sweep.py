@@ -43,11 +43,11 @@ def sweep(
 
     Raises DataError, RecipeError, CheckpointError or BackendError for what a person can mend.
     """
-    opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
-    looked = {series.name: _look(series, opener) for series in spec.series}
     machine = describe(device, clock="wall")
     network = FidInception(offline=offline).to(device)
     references = _References(ref, network, device)
+    opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
+    looked = {series.name: _look(series, opener) for series in spec.series}
     store, timer = PointStore(out / "points"), Timer(device)
     common = {
         "reference": references.identity,

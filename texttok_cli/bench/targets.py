@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from texttok_cli.bench.generate import Sampling, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
+from texttok_cli.bench.generate import MEASURED_STEPS, Sampling, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
 from texttok_cli.bench.machine import block_products, products
 from texttok_cli.bench.plain import plain_reconstruct
 from texttok_cli.bench.program import memory, start
@@ -132,7 +132,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
     """Generation and decoding at 512 px: TexTok-32 + DiT-XL against SD-VAE + DiT-XL/2, batch 32."""
     where, batch, size = task.where, 32, 512
     cpu = where.device.type == "cpu"
-    measured, decoded = (1, 1) if cpu else (10, 8)  # steps, and images that SD-VAE decodes at once
+    measured, decoded = (1, 1) if cpu else (MEASURED_STEPS["cuda"], 8)  # steps, and images that SD-VAE decodes at once
     timer = Timer(where.device, repeats=1 if cpu else task.timer.repeats, clock=task.timer.clock)
     sampling = Sampling(measured, task.sampler, GUIDED)
     per_step: dict[str, float] = {}  # seconds of one step for one image
@@ -149,7 +149,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
     def generation(name: str, steps: int) -> float:
         return steps * per_step[name] + decode[name]
 
-    note = "batch 32 (on a CPU parts of it), one guided step multiplied, detokenizing included; random weights, so FID is not measured"
+    note = f"batch 32 (on a CPU parts of it), {measured} guided step(s) run and multiplied, detokenizing included; FID is not measured"
     for name, ours, theirs in (
         ("250 steps each", generation("texttok", 250), generation("sd-vae", 250)),
         ("50 steps against 250", generation("texttok", 50), generation("sd-vae", 250)),

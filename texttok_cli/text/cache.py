@@ -10,16 +10,20 @@ from torch import Tensor
 from texttok_cli.models.condition import Condition
 from texttok_cli.text.base import TextEncoder, pad, unpad
 
+KEPT_TOKENS = 8192
+
 
 class EmbeddingCache:
     """A text encoder that remembers the texts it saw last: `max_bytes` of their states (on the encoder's device), or the last batch.
 
-    The default is for a thousand class names, or the batch that is encoded, mirrored and decoded; captions seldom come again.
+    The default is KEPT_TOKENS tokens: a thousand class names, or the batch that is encoded, mirrored and decoded; captions seldom
+    come again.
     Batches are padded to the longest text's next multiple of 8, also where the encoder itself pads further.
     """
 
-    def __init__(self, encoder: TextEncoder, *, max_bytes: int = 16 * 2**20) -> None:
-        self.encoder, self.max_bytes = encoder, max_bytes
+    def __init__(self, encoder: TextEncoder, *, max_bytes: int | None = None) -> None:
+        self.encoder = encoder
+        self.max_bytes = KEPT_TOKENS * encoder.dim * 4 if max_bytes is None else max_bytes
         self.config, self.dim, self.max_tokens, self.fingerprint = encoder.config, encoder.dim, encoder.max_tokens, encoder.fingerprint
         self._states: OrderedDict[str, Tensor] = OrderedDict()  # (T_i, C), the least recently used first
         self._bytes = 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
 from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.schema import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
-from texttok_cli.errors import BackendError, RecipeError
+from texttok_cli.errors import BackendError, RecipeError, TrainingError
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.inception import FidInception
@@ -90,12 +92,20 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     if engine.is_main:
         info = None if start is None else start[1]
         latents_of = None
-        if recipe.training.detokenizer_only and info is not None:
+        if recipe.training.detokenizer_only and start is not None and info is not None:
+            _check_frozen(task.model, start[0], str(recipe.training.start_from))
             latents_of = info.header.latents_of or info.sha256
         else:
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
         task.export(run.model_path, history(recipe, None if info is None else info.sha256), latents_of)
     return run.model_path
+
+
+def _check_frozen(model: TexTok, start: TexTok, name: str) -> None:
+    """TrainingError unless the frozen weights are those of `start`: the file of that name may have changed since a run began."""
+    theirs = start.state_dict()
+    if not all(p.requires_grad or torch.equal(p.cpu(), theirs[key]) for key, p in model.named_parameters()):
+        raise TrainingError(f"training.start_from: {name} is no longer the model that this run began with; bring that one back")
 
 
 def _inception(engine: Engine, report: Reporter) -> FidInception | None:
@@ -130,4 +140,7 @@ def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, ModelInfo] |
         theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
         keys = ", ".join(key for key in ours if ours[key] != theirs[key])
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
+    stays = recipe.training.detokenizer_only
+    if stays and recipe.training.weights == "bf16" and not all(torch.equal(p, p.bfloat16().float()) for p in model.parameters()):
+        raise RecipeError(f"training.weights: bf16 would round the tokenizer of {name}, which is to stay as it is: set it to fp32")
     return model, info
