@@ -12,6 +12,7 @@
 set -euo pipefail
 : "${TRAIN:?name the training images, e.g. TRAIN='train-{0000..0015}.tar'}" "${VAL:?name held-out images, e.g. VAL=val.tar}"
 read -ra launch <<< "${LAUNCH:-texttok}"
+if [[ -n "${RECIPE:-}" && "$RECIPE" != *KIND* ]]; then echo "RECIPE=$RECIPE: put KIND where texttok or baseline stands" >&2; exit 2; fi
 out="${OUT:-runs/sweep}" size="${SIZE:-256}"
 mkdir -p "$out/results"
 for tokens in ${TOKENS:-32 64 128 256}; do
@@ -19,7 +20,6 @@ for tokens in ${TOKENS:-32 64 128 256}; do
     name="$kind-$tokens-$size"
     run="$out/$name"
     recipe="${RECIPE:-tokenizer/$name}"
-    if [[ -n "${RECIPE:-}" && "$RECIPE" != *KIND* ]]; then echo "RECIPE=$RECIPE: put KIND where texttok or baseline stands" >&2; exit 2; fi
     recipe="${recipe//KIND/$kind}"
     "${launch[@]}" train "$recipe" "model.num_tokens=$tokens" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
     if [ ! -f "$out/results/$name.json" ]; then

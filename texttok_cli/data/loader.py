@@ -242,13 +242,8 @@ def eval_batches(
             elif loaded is not None:
                 ready.append(loaded)
             if ready and (len(ready) == batch_size or not pending):
-                yield _taken(ready)
+                numbers, images, sizes, digests = zip(*ready, strict=True)
+                yield EvalBatch(torch.stack(images), torch.tensor(numbers), list(sizes), list(digests))
+                ready = []
     finally:
         pool.shutdown(cancel_futures=True)  # a caller who stops early need not wait for images it won't see
-
-
-def _taken(ready: list[tuple[int, Tensor, tuple[int, int], str]]) -> EvalBatch:
-    """These images as a batch; the list is emptied, as whoever works on the batch needs the memory."""
-    numbers, images, sizes, digests = zip(*ready, strict=True)
-    ready.clear()
-    return EvalBatch(torch.stack(images), torch.tensor(numbers), list(sizes), list(digests))

@@ -48,7 +48,9 @@ class PreparedDiT:
         """Noisy latents (B, ...) at times[step] -> predictions as DiT.forward's; with `null` (2B, ...), the null condition's last."""
         predict: Callable[..., Tensor] = partial(self.blocks, null=null)
         if x.is_cuda and (1 + null) * len(x) * len(self.dit.positions) <= REPLAYED_ROWS:
-            predict = self.replayed.setdefault(null, Replayed(predict))
+            if null not in self.replayed:
+                self.replayed[null] = Replayed(predict)
+            predict = self.replayed[null]
         return predict(x, *self._modulations_at(step))
 
     def _modulations_at(self, step: int) -> list[Tensor]:

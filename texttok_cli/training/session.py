@@ -90,14 +90,13 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             report.skipped(name, reason)
         engine.finish()
     if engine.is_main:
-        info = None if start is None else start[1]
         latents_of = None
-        if recipe.training.detokenizer_only and start is not None and info is not None:
-            _check_frozen(task.model, start[0], str(recipe.training.start_from))
-            latents_of = info.header.latents_of or info.sha256
+        if start is not None and recipe.training.detokenizer_only:
+            _check_frozen(task.model, start[0], start[1].name)
+            latents_of = start[1].header.latents_of or start[1].sha256
         else:
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(run.model_path, history(recipe, None if info is None else info.sha256), latents_of)
+        task.export(run.model_path, history(recipe, None if start is None else start[1].sha256), latents_of)
     return run.model_path
 
 
