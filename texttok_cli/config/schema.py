@@ -135,7 +135,7 @@ class KLBottleneck(Config):
     """A diagonal Gaussian, as latent diffusion's VAE: sampled in training, its mean everywhere else."""
 
     kind: Literal["kl"]
-    weight: float = Field(1e-6, ge=0)  # latent diffusion's and TA-TiTok's VAE
+    weight: float = Field(1e-6, ge=0)  # TA-TiTok's VAE, beside a mean of squares; latent diffusion's beside a sum
 
 
 class VQBottleneck(Config):

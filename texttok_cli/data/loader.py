@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,7 @@ class TrainLoader:
             batch_sampler=_Positions(self.batch_size, start, self.rank, self.world_size),
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else the iterator takes a number from the global one
         )
         for batch, damaged, error in loader:
@@ -121,9 +122,10 @@ class TrainLoader:
             yield batch
 
 
-def _leave_process_group(worker: int) -> None:
-    """Launchers and terminals signal whole process groups: a worker that died of it would end the run before its state is saved."""
-    os.setpgrp()
+def _ignore_signals(worker: int) -> None:
+    """Terminals and schedulers signal all processes of a job: a worker that died of it would end the run before its state is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)

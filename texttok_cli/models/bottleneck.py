@@ -51,7 +51,8 @@ class Continuous(Bottleneck):
 class KL(Bottleneck):
     """A diagonal Gaussian as in latent diffusion (Rombach et al., 2022): sampled in training, its mean in evaluation.
 
-    The loss "kl" is theirs: `weight` times the divergence from N(0, 1), summed over tokens and channels, averaged over the batch.
+    The loss "kl" is `weight` times the divergence from N(0, 1), summed over tokens and channels, averaged over the batch. Theirs
+    stands beside reconstruction losses summed over pixels; beside ours, means, the same weight counts for as many times more.
     """
 
     def __init__(self, dim: int, latent_dim: int, *, weight: float) -> None:

@@ -13,7 +13,7 @@ from texttok_cli.errors import RecipeError
 from texttok_cli.losses import LeCam, discriminator_loss, generator_loss, r1_penalty
 from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.training.engine import Engine
-from texttok_cli.training.optim import with_base_lr
+from texttok_cli.training.optim import gradient_norm, with_base_lr
 
 
 class Adversary:
@@ -34,6 +34,7 @@ class Adversary:
         self.parameters: list[nn.Parameter] = list(self.discriminator.parameters())
         adam = torch.optim.Adam(self.parameters, lr=net.lr, betas=net.betas, fused=engine.device.type == "cuda")
         self.optimizer = with_base_lr(adam)
+        self._r1: dict[str, Tensor] = {}  # as it was last, for the log: its steps and the logged ones may never coincide
         self._logits = torch.zeros(2, device=engine.device)  # means of D(real) and D(fake) in the step under way
 
     def weight(self, step: int) -> float:
@@ -63,15 +64,16 @@ class Adversary:
             losses["d_lecam"] = self.cfg.lecam * self.lecam(real_logits, fake_logits)
         if self.cfg.r1 and step % self.cfg.r1_every == 0:
             losses["d_r1"] = self.cfg.r1 * self.cfg.r1_every * r1_penalty(self.discriminator, real)
+            self._r1 = {"d_r1": losses["d_r1"].detach()}
         (share * torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
         means = torch.stack([real_logits.mean(), fake_logits.mean()]).detach()
         self._logits += share * means
-        return losses | {"logit_gap": means[0] - means[1]}
+        return losses | self._r1 | {"logit_gap": means[0] - means[1]}
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradients, averaged over processes by this call."""
         self.engine.average_gradients(self.parameters)
-        return nn.utils.clip_grad_norm_(self.parameters, float("inf"))
+        return gradient_norm(self.parameters)
 
     def finish_step(self, *, taken: bool) -> None:
         """Move LeCAM's means, once an optimizer step and by the logits of all processes, if the step was taken."""

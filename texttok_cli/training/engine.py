@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,8 @@ class Engine:
         if cfg.compile:
             torch._dynamo.config.recompile_limit = 64  # text lengths in steps of 8, each with and without a mask
         self.accelerator = Accelerator(
-            cpu=device == "cpu",
+            # Not left to Accelerate: without an accelerator it takes every process of a launch for a run of its own.
+            cpu=device == "cpu" or (device == "auto" and not torch.accelerator.is_available()),
             # The others wait while one process validates or embeds a training set's captions.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
             mixed_precision="bf16" if cfg.precision == "bf16" else "no",
@@ -148,6 +149,8 @@ class Engine:
 
     def of_main(self, number: int) -> int:
         """The main process's number, in all of them."""
+        if self.world_size == 1:
+            return number
         return int(self.summed(torch.tensor(float(number if self.is_main else 0), dtype=torch.float64, device=self.device)))
 
     def any(self, flag: bool) -> bool:
@@ -169,8 +172,20 @@ class Engine:
         if self.accelerator.log_with:
             self.accelerator.init_trackers("texttok")
 
-    def finish(self) -> None:
-        """Close the trackers."""
+    @contextlib.contextmanager
+    def finishing(self, *, together: type[Exception]) -> Iterator[None]:
+        """Close the trackers at the end, and leave the process group unless this process failed: under NCCL that would wait for the
+        others, who may be waiting for this one, while its launcher ends them all once it has exited. Exceptions of the type `together`
+        are raised by all processes alike."""
+        try:
+            yield
+        except together:
+            self.accelerator.end_training()
+            raise
+        except Exception:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            raise
         self.accelerator.end_training()
 
     def wait(self) -> None:

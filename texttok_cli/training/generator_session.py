@@ -27,7 +27,7 @@ from texttok_cli.text import load_text_encoder
 from texttok_cli.training.conditioning import Conditioner, class_conditioner, class_ids, text_conditioners
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask
-from texttok_cli.training.loop import train
+from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.run import RunFolder, history, spread
 
@@ -50,7 +50,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     if engine.is_main:
         run.open(recipe)
     engine.wait()
-    if run.finished:
+    if engine.of_main(run.finished):
         report.message(f"{out}: is finished")
         return run.model_path
     engine.start_trackers()
@@ -85,11 +85,9 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
         return task.validate(dit, known.conditioners[1], _ordered(stores[1], recipe.training.val_latents, engine.device))
 
     steps = recipe.schedule.steps
-    try:
+    with engine.finishing(together=Interrupted):
         train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
         dit = task.averaged()
-    finally:
-        engine.finish()
     if engine.is_main:
         save_generator(
             run.model_path,

@@ -21,7 +21,7 @@ from texttok_cli.tokens import Statistics
 from texttok_cli.training.conditioning import Conditioner
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
-from texttok_cli.training.optim import build_optimizers
+from texttok_cli.training.optim import build_optimizers, clip_gradients, gradient_norm
 from texttok_cli.training.sharding import split_like, whole
 
 VALIDATION_SEED = 0  # of the times and noise that every validation has
@@ -71,9 +71,9 @@ class GeneratorTask:
             return losses | {"loss": loss}
 
         values = self.engine.accumulate(self.predict, len(x0), parts, backward)
-        limit = self.recipe.optimizer.grad_clip or float("inf")
-        values["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        values["grad_norm"] = whole(gradient_norm(self.parameters.values()))
         if self.guard.accepts(values["grad_norm"]):
+            clip_gradients(self.parameters.values(), values["grad_norm"], self.recipe.optimizer.grad_clip)
             for optimizer in self.optimizers:
                 optimizer.step()
             self._move_ema()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 ROLL_BACK_AFTER = 3  # bad steps in a row
 DECAY = 0.99  # of the running mean of gradient norms
+SETTLED = 100  # steps of an unchanged objective after which the mean says what is usual
 
 
 class Guard:
@@ -16,7 +17,8 @@ class Guard:
 
     def __init__(self, spike: float | None) -> None:
         self.spike = spike
-        self.typical = torch.zeros(())  # running mean of the norms of steps taken; 0: none yet
+        self.typical = torch.zeros(())  # running mean of the norms of steps taken
+        self.taken = torch.zeros((), dtype=torch.int64)  # how many steps are in it
         self.skipped = torch.zeros((), dtype=torch.int64)  # bad steps so far
         self.in_a_row = 0
 
@@ -24,14 +26,19 @@ class Guard:
         """Whether to take a step of this gradient norm, and of others that must be finite. Waits for the device."""
         value, *rest = (float(n) for n in (norm, *others))
         typical = float(self.typical)
-        too_large = self.spike is not None and typical > 0 and value > self.spike * typical
+        too_large = self.spike is not None and self.taken >= SETTLED and value > self.spike * typical
         if too_large or not all(map(math.isfinite, (value, *rest))):
             self.in_a_row += 1
             self.skipped += 1
             return False
         self.in_a_row = 0
-        self.typical.fill_(value if typical == 0 else DECAY * typical + (1 - DECAY) * value)
+        self.typical.fill_(DECAY * typical + (1 - DECAY) * value if self.taken else value)
+        self.taken += 1
         return True
+
+    def forget_typical(self) -> None:
+        """From here on the objective is another."""
+        self.taken.zero_()
 
     @property
     def wants_roll_back(self) -> bool:
@@ -45,10 +52,12 @@ class Guard:
 
     def state(self) -> dict[str, Tensor]:
         """What decides on the next step."""
-        return {"guard.typical": self.typical.clone(), "guard.skipped": self.skipped.clone(), "guard.in_a_row": torch.tensor(self.in_a_row)}
+        counts = {"guard.taken": self.taken.clone(), "guard.skipped": self.skipped.clone(), "guard.in_a_row": torch.tensor(self.in_a_row)}
+        return {"guard.typical": self.typical.clone(), **counts}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         self.typical.copy_(tensors["guard.typical"])
+        self.taken.copy_(tensors["guard.taken"])
         self.skipped.copy_(tensors["guard.skipped"])
         self.in_a_row = int(tensors["guard.in_a_row"])

@@ -20,6 +20,7 @@ from texttok_cli.training.optim import lr_scale, set_lr
 from texttok_cli.training.run import RunFolder, optimizer_tensors
 
 MAX_ROLL_BACKS = 3  # without a newly saved state in between
+ONE_REQUEST = 2.0  # seconds
 
 
 class Task(Protocol):
@@ -71,11 +72,12 @@ def train(
 
 def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
     """Take back the newest state, if there is one; the step it is of."""
+    # Before anything is loaded: shards are made of it by all processes together.
+    if engine.any(run.newest_step != engine.of_main(run.newest_step)):
+        raise TrainingError(f"{run.path}: not all processes see the same saved state; it must lie on a file system that all share")
     begin, tensors = run.load_state(task.optimizers)
     if tensors:
         task.load_state(tensors)
-    if engine.any(begin != engine.of_main(begin)):
-        raise TrainingError(f"{run.path}: not all processes see the same saved state; it must lie on a file system that all share")
     if engine.is_main:
         run.rewind_log(begin)
     return begin
@@ -170,10 +172,13 @@ class _Clock:
 
 
 class _StopSignal:
-    """Remembers that SIGINT or SIGTERM came, so that the step under way ends and is saved; a second one acts at once."""
+    """Remembers that SIGINT or SIGTERM came, so that the step under way ends and is saved; a later one acts at once.
+
+    One that follows within ONE_REQUEST seconds is the same request: schedulers signal every process, and torchrun passes its own on.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested_at: float | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignal:
@@ -184,6 +189,15 @@ class _StopSignal:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
 
+    @property
+    def requested(self) -> bool:
+        """Whether the run is to stop."""
+        return self._requested_at is not None
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.requested = True
-        self.__exit__()
+        now = time.monotonic()
+        if self._requested_at is None:
+            self._requested_at = now
+        elif now - self._requested_at > ONE_REQUEST:
+            self.__exit__()
+            signal.raise_signal(number)

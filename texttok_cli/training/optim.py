@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from texttok_cli.config.schema import OptimizerConfig, ScheduleConfig
@@ -52,3 +53,21 @@ def set_lr(optimizers: Sequence[Optimizer], scale: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = scale * group["base_lr"]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Global 2-norm of the gradients, a scalar; of shards one that is to be made whole."""
+    return get_total_norm(_gradients(parameters))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float | None) -> None:
+    """Scale gradients of this global norm down to the limit where it is above. Waits for the device.
+
+    torch's clip_grad_norm_ never waits, and so multiplies every gradient at every step, nearly always by 1.
+    """
+    if limit is not None and norm > limit:
+        torch._foreach_mul_(_gradients(parameters), limit / float(norm))
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

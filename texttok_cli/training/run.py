@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from texttok_cli import __version__
@@ -45,6 +46,12 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run came to its end: the model is the last that it writes."""
         return self.model_path.exists()
+
+    @property
+    def newest_step(self) -> int:
+        """The optimizer step of the newest state; 0 in a new folder."""
+        states = self._states()
+        return int(states[-1].name.removeprefix("step-")) if states else 0
 
     def open(self, recipe: Recipe) -> None:
         """Create the folder, or go on in it; RecipeError if something was trained in it by another recipe."""
@@ -159,8 +166,16 @@ def _restore_optimizer(optimizer: Optimizer, index: int, tensors: Mapping[str, T
     for key, value in tensors.items():
         if key.startswith(prefix):
             parameter, _, name = key.removeprefix(prefix).partition(".")
-            state.setdefault(int(parameter), {})[name] = split_like(value, parameters[int(parameter)])
+            state.setdefault(int(parameter), {})[name] = _laid_out_like(parameters[int(parameter)], value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A parameter's moment as the optimizer had it: a shard, or in the parameter's own memory format, which fused optimizers need."""
+    value = split_like(value, parameter)
+    if value.shape != parameter.shape or isinstance(value, DTensor):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _json_number(value: Any) -> Any:

@@ -19,7 +19,7 @@ from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.conditioning import Conditioner, build_conditioners
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_session import train_generator
-from texttok_cli.training.loop import train
+from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.run import RunFolder, history, spread
 from texttok_cli.training.tokenizer_task import TokenizerTask
@@ -47,7 +47,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     if engine.is_main:
         run.open(recipe)
     engine.wait()
-    if run.finished:
+    if engine.of_main(run.finished):
         report.message(f"{out}: is finished")
         return run.model_path
     engine.start_trackers()
@@ -80,15 +80,19 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             first = next(ordered(val_set, grid, grid), None)
             if first is not None:
                 run.save_grid(step, first.images, task.reconstruct_uint8(conditioners[1], first))
-        return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images), inception)
+        # No larger than a training step's, so that what makes room for those makes room for these.
+        at_once = min(64, engine.batch_size // recipe.training.accumulate)
+        return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images, at_once), inception)
 
     steps = recipe.schedule.steps
     try:
-        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
+        with engine.finishing(together=Interrupted):
+            train(
+                recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values)
+            )
     finally:
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)
-        engine.finish()
     if engine.is_main:
         latents_of = None
         if start is not None and recipe.training.detokenizer_only:

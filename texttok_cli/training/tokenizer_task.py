@@ -25,7 +25,7 @@ from texttok_cli.training.adversary import Adversary
 from texttok_cli.training.conditioning import Conditioner
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
-from texttok_cli.training.optim import build_optimizers
+from texttok_cli.training.optim import build_optimizers, clip_gradients, gradient_norm
 
 # Two batches of images (B, 3, H, W) in [0, 1] -> their distances (B,).
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -61,6 +61,8 @@ class TokenizerTask:
             self.adversary = Adversary(recipe.objective.adversarial, recipe.model.image_size, engine)
             self.optimizers.append(self.adversary.optimizer)
         self.guard = Guard(recipe.training.spike)
+        late = (recipe.objective.perceptual, recipe.objective.adversarial)
+        self.changes = {loss.start for loss in late if loss is not None and loss.start}  # steps at which the objective becomes another
 
     @property
     def ema_model(self) -> TexTok:
@@ -72,18 +74,21 @@ class TokenizerTask:
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimizer step, unless the guard declines it; returns detached scalars to log."""
         self.engine.seed_step(step)
+        if step in self.changes:
+            self.guard.forget_typical()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         images, indices, parts = batch.images, batch.indices.tolist(), self.recipe.training.accumulate
         values = self.engine.accumulate(
             self.reconstruct, len(images), parts, lambda part: self._backward(images[part], indices[part], step, 1 / parts)
         )
-        values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.grad_clip or float("inf"))
+        values["grad_norm"] = gradient_norm(self.parameters)
         adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
         if adversary is not None:
             values["d_grad_norm"] = adversary.gradient_norm()
         taken = self.guard.accepts(values["grad_norm"], *([values["d_grad_norm"]] if adversary is not None else []))
         if taken:
+            clip_gradients(self.parameters, values["grad_norm"], self.recipe.optimizer.grad_clip)
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.bottleneck.finish_step(self.engine.summed, taken=taken and not self.recipe.training.detokenizer_only)
