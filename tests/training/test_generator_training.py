@@ -26,7 +26,7 @@ from texttok_cli.training.loop import Interrupted
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.session import run_training
 
-QUIET = Reporter(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
 # As `accelerate launch --use_fsdp --fsdp_version 2` sets it for what it starts.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -89,7 +89,7 @@ def stop_at(step: int) -> Reporter:
         if what == "training" and done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return Reporter(lambda _: None, progress)
+    return Reporter(lambda _: None, progress, lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,11 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
     if recipe.model.bottleneck.kind == "vq":
         overrides += ["model.bottleneck.codes=16"]
     losses: list[float] = []
-    report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
+
+    def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+        losses.extend([values["loss"]] if "loss" in values else [])
+
+    report = Reporter(lambda _: None, on_progress, lambda _: None)
     run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
@@ -213,6 +217,10 @@ def test_a_generator_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, 
     else:
         overrides += ["model.condition.num_classes=2"]
     losses: list[float] = []
-    report = Reporter(lambda _: None, lambda what, done, total, values: losses.extend([values["loss"]] if "loss" in values else []))
+
+    def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+        losses.extend([values["loss"]] if "loss" in values else [])
+
+    report = Reporter(lambda _: None, on_progress, lambda _: None)
     run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
     assert len(losses) == 2 and all(map(math.isfinite, losses))

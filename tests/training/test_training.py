@@ -34,7 +34,7 @@ from texttok_cli.training.session import run_training
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
 RecipeFile = Callable[..., Path]
-QUIET = Reporter(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
 
 
 def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ class Stop(Reporter):
             if what == "training" and done == step:
                 os.kill(os.getpid(), number)
 
-        super().__init__(lambda _: None, progress)
+        super().__init__(lambda _: None, progress, lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -363,9 +363,10 @@ def test_data_that_is_damaged_in_the_middle_of_an_epoch_is_replaced_and_said(
     copy = tmp_path / "copy"
     shutil.copytree(pictures, copy)
     (copy / "odd" / "03.png").write_bytes((copy / "odd" / "03.png").read_bytes()[:60])
+    (copy / "odd" / "never.heic").write_bytes(b"")  # can't even be listed as an image
     said: list[str] = []
-    train(recipe_file(data={"train": [str(copy)]}), tmp_path / "run", report=Reporter(said.append, lambda *_: None))
-    assert any(line.startswith("skipped odd/03.png") for line in said)
+    train(recipe_file(data={"train": [str(copy)]}), tmp_path / "run", report=Reporter(lambda _: None, lambda *_: None, said.append))
+    assert len(said) == 2 and said[0].startswith("skipped odd/never.heic: ") and said[1].startswith("skipped odd/03.png: damaged")
 
 
 @pytest.mark.parametrize(

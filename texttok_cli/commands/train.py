@@ -58,7 +58,7 @@ def train(
             note = {"note": "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in shown)} if values else {}
             bar.update(tasks[what], completed=done, **note)  # type: ignore[arg-type]
 
-        report = Reporter(say if speaks and not quiet else lambda _: None, on_progress)
+        report = Reporter(say if speaks and not quiet else lambda _: None, on_progress, say)
         try:
             model = run_training(resolved, folder, report, offline=offline, device=device)
         except Interrupted as stop:
@@ -66,4 +66,4 @@ def train(
                 say(f"texttok: {stop}")
             raise typer.Exit(130) from None
     if speaks:
-        emit({"model": str(model), "run": str(folder)}, as_json=json)
+        emit({"model": str(model), "run": str(folder), "skipped": len(report.unusable)}, as_json=json)

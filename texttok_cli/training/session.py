@@ -42,6 +42,9 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     run = RunFolder(out)
     engine = Engine(recipe.training, out=out, device=device)
     train_set, val_set = _open(recipe, recipe.data.train), _open(recipe, recipe.data.val) if recipe.data.val else None
+    if engine.is_main:
+        for entry in [*train_set.skipped, *(val_set.skipped if val_set else [])]:
+            report.skipped(entry.id, entry.reason)
     run.samples = len(train_set)
     report.message(f"{len(train_set):,} training images, {len(val_set) if val_set else 0:,} for validation")
     if engine.is_main:
