@@ -341,7 +341,9 @@ def test_no_caption_and_the_empty_one_are_told_apart(tmp_path: Path) -> None:
 def test_tokens_under_a_known_id_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
     fill(tmp_path, make(4), make(4, first=4), make(1, first=8))
     new = [make(1, seed=5, first=first) for first in (1, 8)]  # one of four in its shard, and all of its shard
-    fill(tmp_path, *new)
+    assert fill(tmp_path, *new).replaced == {"i1", "i8"}
+    assert not fill(tmp_path, new[0]).replaced  # made of the same
+    fill(tmp_path, new[1])
     found = everything(tmp_path)
     assert found.header.ids == ["i0", "i2", "i3", "i4", "i5", "i6", "i7", "i1", "i8"]
     old = make(4)
@@ -414,9 +416,40 @@ def test_a_shard_that_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenFileError, match=r"is not the shard that index.json names"):
         everything(tmp_path)
     second.unlink()
-    for use in (open_folder, everything):
-        with pytest.raises(TokenFileError, match=r"shard-00001.tok.safetensors: no such file"):
-            use(tmp_path)
+    with pytest.raises(TokenFileError, match=r"shard-00001.tok.safetensors: no such file"):
+        everything(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("damage", [lambda data: None, lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\x01"])
+def test_a_shard_that_is_missing_or_damaged_is_left_out_and_filled_again(
+    number: int, damage: Callable[[bytes], bytes | None], tmp_path: Path
+) -> None:
+    fill(tmp_path, make(4), make(4, first=4)).finish()
+    shard = tmp_path / f"shard-{number:05d}.tok.safetensors"
+    data = damage(shard.read_bytes())
+    shard.unlink() if data is None else shard.write_bytes(data)
+    folder, header = open_folder(tmp_path), make(8).header
+    there = [folder.has(f"i{i}", header.input_sha256[i], header.captions[i]) for i in range(8)]
+    assert there == [i // 4 != number for i in range(8)]
+    assert [left_out.file for left_out in folder.dropped] == [shard.name] and folder.ids == {f"i{i}" for i in range(8) if there[i]}
+    with pytest.raises(TokenFileError, match=shard.name):  # nothing is changed yet
+        everything(tmp_path)
+    lost = make(4, first=4 * number)
+    folder.add(lost)
+    folder.finish()
+    again = open_folder(tmp_path)
+    assert again.index.complete and not again.dropped and not again.replaced
+    assert sorted(everything(tmp_path).header.ids) == header.ids
+    assert {path.name for path in tmp_path.iterdir()} == {"index.json", *(shard.file for shard in again.index.shards)}
+
+
+def test_a_folder_without_its_damaged_shard_is_complete_though_nothing_is_added(tmp_path: Path) -> None:
+    fill(tmp_path, make(4), make(4, first=4)).finish()
+    (tmp_path / "shard-00000.tok.safetensors").write_bytes(b"")
+    open_folder(tmp_path).finish()
+    assert read_index(tmp_path).complete and everything(tmp_path).header.ids == ["i4", "i5", "i6", "i7"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "shard-00001.tok.safetensors"]
 
 
 def test_a_folder_without_an_index_is_no_token_folder(tmp_path: Path) -> None:

@@ -262,12 +262,15 @@ Key = tuple[str, bool]
 class TokenFolder:
     """A folder of token shards that grows shard by shard; what is in it when a run is cut off stays.
 
-    Raises TokenFileError for a folder that holds tokens of another model or dtype, or a damaged index.
+    A shard that is missing or damaged is left out of it. Raises TokenFileError for a folder that holds tokens of another
+    model or dtype, or a damaged index.
     """
 
     def __init__(self, path: Path, *, model_name: str, model_sha256: str, dtype: TokenDtype, shard_size: int = 4096) -> None:
         self.path, self.shard_size = path, shard_size
         self.index = TokenIndex(model_name=model_name, model_sha256=model_sha256, dtype=dtype)
+        self.dropped: list[Shard] = []  # left out: missing or damaged
+        self.replaced: set[str] = set()  # ids whose tokens gave way to those of another image, caption or class
         self._there: dict[Key, bytes] = {}  # -> `_made_of`, of what the shards hold
         self._waiting: list[TokenHeader] = []
         # Their tokens, in one buffer that is kept: a small tensor a batch would stay in the heap among the model's large ones,
@@ -275,6 +278,11 @@ class TokenFolder:
         self._buffer: Tensor | None = None
         if (path / "index.json").exists():
             self._resume(read_index(path))
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all images that the shards hold."""
+        return {image_id for image_id, _ in self._there}
 
     def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flipped: bool = False) -> bool:
         """Whether the tokens of this image with this caption and class are there."""
@@ -293,7 +301,7 @@ class TokenFolder:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting as a shard, then the index that names it; shards it replaced are deleted last."""
+        """Write what is waiting as a shard, then the index that names it."""
         if self._buffer is None or not self._waiting:
             return
         header = _joined(self._waiting)
@@ -305,9 +313,6 @@ class TokenFolder:
         shards = [*(self._without(replaced, number + 1) if replaced else before), written]
         self._note(tokens.header)  # before they are in the index: interrupted here, the next flush replaces this shard
         self._save_index(self.index.with_shards(shards, complete=False))
-        for shard in before:
-            if shard not in shards:
-                (self.path / shard.file).unlink(missing_ok=True)
         self._waiting = []
 
     def finish(self) -> None:
@@ -317,8 +322,12 @@ class TokenFolder:
             self._save_index(self.index.with_shards(self.index.shards, complete=True))
 
     def _save_index(self, index: TokenIndex) -> None:
+        """Write it; shards that it no longer names are deleted last."""
+        before = {shard.file for shard in (*self.index.shards, *self.dropped)}
         write_json(self.path / "index.json", index.model_dump(mode="json"))
         self.index = index
+        for file in before - {shard.file for shard in index.shards}:
+            (self.path / file).unlink(missing_ok=True)
 
     def _without(self, keys: set[Key], number: int) -> Iterator[Shard]:
         """The shards without these tokens; one that held any is written anew, under a number from `number` on."""
@@ -339,16 +348,27 @@ class TokenFolder:
     def _note(self, header: TokenHeader) -> None:
         nothing: Sequence[str | None] = [None] * len(header.ids)
         made_of = zip(header.input_sha256, header.captions or nothing, header.class_names or nothing, strict=True)
-        self._there.update(zip(_keys(header), starmap(_made_of, made_of), strict=True))
+        new = dict(zip(_keys(header), starmap(_made_of, made_of), strict=True))
+        self.replaced.update(key[0] for key, digest in new.items() if self._there.get(key, digest) != digest)
+        self._there.update(new)
 
     def _resume(self, found: TokenIndex) -> None:
         for key in ("model_sha256", "dtype"):
             ours, theirs = getattr(self.index, key), getattr(found, key)
             if ours != theirs:
                 raise TokenFileError(f"{self.path}: holds tokens with {key} {theirs[:12]}, not {ours[:12]}; choose another --out")
-        self.index = found
+        kept = []
         for shard in found.shards:
-            self._note(load_token_header(self.path / shard.file))
+            path = self.path / shard.file
+            try:
+                header = load_token_header(path)
+                _check_named(path, header, shard)
+            except TokenFileError:
+                self.dropped.append(shard)
+            else:
+                self._note(header)
+                kept.append(shard)
+        self.index = found.with_shards(kept, complete=found.complete and not self.dropped)
 
 
 def _made_of(input_sha256: str, caption: str | None, class_name: str | None) -> bytes:
@@ -377,9 +397,13 @@ def read_shards(folder: Path) -> Iterator[Tokens]:
     for shard in read_index(folder).shards:
         path = folder / shard.file
         tokens = load_tokens(path)
-        if len(tokens) != shard.images or sha256_file(path) != shard.sha256:
-            raise TokenFileError(f"{path}: is not the shard that index.json names; encode again into an empty folder")
+        _check_named(path, tokens.header, shard)
         yield tokens
+
+
+def _check_named(path: Path, header: TokenHeader, shard: Shard) -> None:
+    if len(header.ids) != shard.images or sha256_file(path) != shard.sha256:
+        raise TokenFileError(f"{path}: is not the shard that index.json names; run the same `texttok encode` again to repair it")
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:

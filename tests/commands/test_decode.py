@@ -190,7 +190,7 @@ def test_safe_parts(image_id: str, parts: list[str]) -> None:
 def test_an_id_that_stands_three_times_overwrites_nothing(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
     save_tokens(tmp_path / "a.tok.safetensors", make("a.png", "a.png", "a.png"))
     run = decode(tmp_path / "a.tok.safetensors")
-    assert run.code == 1 and "was just written" in one_line(run.err)
+    assert run.code == 1 and "decode them into different folders" in one_line(run.err)
 
 
 def test_two_files_with_one_id_do_not_overwrite_each_other(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
@@ -198,8 +198,22 @@ def test_two_files_with_one_id_do_not_overwrite_each_other(decode: Run, make: Ca
     for file in files:
         save_tokens(file, make("a.png"))
     run = decode(*files, "-o", tmp_path / "out")
-    assert run.code == 1 and "decode them into different folders" in one_line(run.err)
-    assert decode(*files).code == 0 and pngs(tmp_path) == ["one/a.rec.png", "out/a.png", "two/a.rec.png"]
+    assert run.code == 1 and "decode them into different folders" in one_line(run.err) and not pngs(tmp_path)
+    assert decode(*files).code == 0 and pngs(tmp_path) == ["one/a.rec.png", "two/a.rec.png"]
+
+
+def test_two_folders_with_an_id_in_common_are_refused_before_anything_is_written(
+    decode: Run, make: Callable[..., Tokens], models: Path, tmp_path: Path
+) -> None:
+    digest = sha256_file(models / "text.safetensors")
+    for name, ids in (("one", ("a.png", "b.png")), ("two", ("c.png", "b.png"))):
+        folder = TokenFolder(tmp_path / name, model_name="text", model_sha256=digest, dtype="fp32", shard_size=1)
+        for image_id in ids:
+            folder.add(make(image_id))
+    run = decode(tmp_path / "one", tmp_path / "two", "-o", tmp_path / "out")
+    assert run.code == 1 and not pngs(tmp_path)
+    assert f"{tmp_path / 'two'}: its b.png and an image of {tmp_path / 'one'} are both" in one_line(run.err)
+    assert decode(tmp_path / "one", tmp_path / "two").code == 0 and len(pngs(tmp_path)) == 4
 
 
 def test_the_encoded_image_is_never_overwritten(
@@ -243,7 +257,8 @@ def test_a_header_that_lies_about_its_model_is_one_line(decode: Run, make: Calla
         (["."], "not a folder of tokens (no index.json)"),
         (["a.tok.safetensors", "-o", "a.jpg"], "name a folder for the 1 image(s), or for one image a .png file"),
         (["a.tok.safetensors", "b.tok.safetensors", "-o", "x.png"], "name a folder for the 2 image(s)"),
-        (["a.tok.safetensors", "-o", "b.tok.safetensors/x"], "b.tok.safetensors"),  # a file where a folder should be
+        (["a.tok.safetensors", "-o", "b.tok.safetensors"], "b.tok.safetensors: is a file, and -o needs a folder there; name another"),
+        (["a.tok.safetensors", "-o", "b.tok.safetensors/x"], "b.tok.safetensors: is a file, and -o needs a folder there"),
         (["text.safetensors"], "another kind of file"),
     ],
 )

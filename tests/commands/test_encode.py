@@ -245,6 +245,56 @@ def test_a_folder_of_another_model_is_left_alone(encode: Run, draw: Draw, tmp_pa
     assert (out / "index.json").read_bytes() == before
 
 
+def test_images_under_ids_that_the_folder_has_are_counted_and_so_are_those_of_other_runs(
+    encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("p1/a.png", "p1/b.png", "p2/a.png")):
+        draw(tmp_path / name, seed=i)
+
+    def run(*args: str) -> tuple[dict[str, Any], str]:
+        ended = encode(*args, "--no-caption", "-o", "tk", "--json")
+        assert ended.code == 0
+        told = [line for line in ended.err.splitlines() if " in tk: " in line]
+        result = json.loads(ended.out)
+        assert len(told) == ("replaced" in result) + ("other_images" in result)
+        return {key: result.get(key, 0) for key in ("images", "already_there", "replaced", "other_images")}, "\n".join(told)
+
+    counts = {"images": 2, "already_there": 0, "replaced": 0, "other_images": 0}
+    assert run("p1/") == (counts, "")
+    found, told = run("p2/")
+    assert found == counts | {"images": 1, "replaced": 1, "other_images": 1}
+    replaced, others = told.splitlines()
+    assert (
+        replaced.startswith("replaced in tk: the tokens of 1 image(s) that had the same id") and "such as a.png; to keep both," in replaced
+    )
+    assert others.startswith("also in tk: the tokens of 1 image(s) that are not among these inputs, such as b.png; they stay")
+    assert "replaced" in encode("p1/", "--no-caption", "-o", "tk").out  # back again, as text
+    found, told = run("p1/", "p2/")
+    assert found == counts | {"already_there": 1, "other_images": 1} and "such as a.png; they stay" in told
+    assert run("p1/", "p2/", "--flips")[0] == counts | {"images": 3, "other_images": 1}  # encoded again, from the same
+    quiet = encode("p2/", "--no-caption", "-o", "tk", "--quiet", "--json")
+    assert quiet.err == "" and json.loads(quiet.out)["other_images"] == 3
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, None])
+def test_a_folder_with_a_damaged_or_missing_shard_is_repaired_by_the_same_command(
+    keep: float | None, encode: Run, texttok: Run, draw: Draw, tmp_path: Path
+) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 3), tmp_path / "out"
+    assert encode(folder, "-o", out).code == 0
+    shard = out / "shard-00000.tok.safetensors"
+    whole = shard.read_bytes()
+    shard.unlink() if keep is None else shard.write_bytes(whole[: int(keep * len(whole))])
+    refused = texttok("decode", out, "-o", tmp_path / "images", "--device", "cpu")
+    assert refused.code == 1 and str(shard) in one_line(refused.err) and not (tmp_path / "images").exists()
+    run = encode(folder, "-o", out, "--json", "--quiet")
+    assert run.code == 0 and json.loads(run.out)["images"] == 3 and "other_images" not in json.loads(run.out)
+    assert run.err.startswith(f"{out}: 1 shard(s) missing or damaged, such as {shard.name}; of the 3 image(s) in there")
+    assert run.err.count("\n") == 1 and shard.read_bytes() == whole and read_index(out).complete
+    assert encode(folder, "-o", out, "--quiet").err == ""
+
+
 def test_ctrl_c_in_a_folder_loses_nothing(
     encode: Run, draw: Draw, tmp_path: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,7 +365,8 @@ def test_names_with_line_breaks_and_escapes_stay_one_line(encode: Run, draw: Dra
         (["in/000.png", "in/001.png", "-o", "x.safetensors"], "is one file, and there are 2 images; name a folder"),
         (["in/000.png", "other/000.png", "-o", "out"], "would be written for two of the images"),
         (["in/000.png", "--captions", "none.jsonl"], "none.jsonl: no such file"),
-        (["in/000.png", "-o", "in/000.txt"], "in/000.txt: "),  # a file where a folder should be
+        (["in/000.png", "-o", "in/000.txt"], "in/000.txt: is a file, and -o needs a folder there; name another"),
+        (["in", "-o", "in/000.txt/x"], "in/000.txt: is a file, and -o needs a folder there; name another"),
     ],
 )
 def test_mistakes_are_one_line(

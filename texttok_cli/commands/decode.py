@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -48,12 +48,12 @@ def decode(
     """
     from texttok_cli.console import emit, progress
 
-    counts = {path: _count(path) for path in tokens}
-    target = _Target(out, counts)
+    names = {path: _names(path) for path in tokens}
+    target = _Target(out, names)
     tokenizer: Tokenizer | None = None
     with progress(quiet=quiet) as bar:
         task = bar.add_task("decoding", total=target.total, note="")
-        for path, part in _parts(counts):
+        for path, part in _parts(names):
             if tokenizer is None or part.header.model_sha256 not in tokenizer.info.latents_made_by:
                 tokenizer = _load(part, path, model, device, precision, offline)
             _check_fits(tokenizer, part, path)
@@ -63,17 +63,20 @@ def decode(
                 z = part.z[chosen] if part.header.codes is None else tokenizer.lookup(part.z[chosen])
                 images = tokenizer.decode(z, captions and captions[chosen])
                 for i, image in enumerate(images, start):
-                    image_id = _mirrored(part.header.ids[i]) if part.header.flipped[i] else part.header.ids[i]
-                    target.save(image, image_id, part.header.input_sha256[i], source=path)
+                    name = _name(part.header.ids[i], part.header.flipped[i])
+                    target.save(image, name, part.header.input_sha256[i], source=path)
                 bar.advance(task, len(images))
     written = [str(path) for path in target.written]
     emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
 
 
-def _count(path: Path) -> int:
+def _names(path: Path) -> list[str]:
+    """Of all images of an input; no token is read."""
     from texttok_cli.tokens import load_token_header, read_index
 
-    return sum(shard.images for shard in read_index(path).shards) if path.is_dir() else len(load_token_header(path).ids)
+    files = [path / shard.file for shard in read_index(path).shards] if path.is_dir() else [path]
+    headers = map(load_token_header, files)
+    return [name for header in headers for name in map(_name, header.ids, header.flipped)]
 
 
 def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:
@@ -124,20 +127,29 @@ def _check_fits(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
 class _Target:
     """Where decoded images go: a PNG file, a folder, or beside their token files."""
 
-    def __init__(self, out: Path | None, counts: Mapping[Path, int]) -> None:
-        """`counts`: images of each input. DataError if `out` is a file's name that can't be."""
+    def __init__(self, out: Path | None, names: Mapping[Path, Sequence[str]]) -> None:
+        """`names`: of the images of each input. DataError if `out` is a file's name that can't be, or two images would be one file."""
         from texttok_cli.data.items import IMAGE_SUFFIXES
         from texttok_cli.errors import DataError
 
-        self.out, self.counts, self.total = out, counts, sum(counts.values())
+        self.out, self.counts = out, {source: len(own) for source, own in names.items()}
+        self.total = sum(self.counts.values())
         self.written: dict[Path, Path] = {}  # image -> the input it came from
         self.image_suffixes = IMAGE_SUFFIXES
         suffix = "" if out is None or out.is_dir() else out.suffix.lower()
         self.is_file = suffix == ".png" and self.total == 1
         if suffix in IMAGE_SUFFIXES and not self.is_file:
             raise DataError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
+        file = next((path for path in (out, *out.parents) if path.is_file()), None) if out and not self.is_file else None
+        if file is not None:
+            raise DataError(f"{file}: is a file, and -o needs a folder there; name another, or for one image a .png file")
+        if len(names) > 1:  # a rehearsal, before any work: two inputs may have ids in common
+            for source, own in names.items():
+                for name in own:
+                    self._claim(source, name)
+            self.written.clear()
 
-    def save(self, image: Tensor, image_id: str, input_sha256: str, *, source: Path) -> None:
+    def save(self, image: Tensor, name: str, input_sha256: str, *, source: Path) -> None:
         """Write one uint8 image (3, S, S) as PNG, atomically.
 
         DataError rather than over another image of this run, or over the file that was encoded.
@@ -147,14 +159,22 @@ class _Target:
         from texttok_cli.errors import DataError
         from texttok_cli.files import atomic_path, sha256_file
 
-        path = self._path(source, image_id)
-        if path in self.written:
-            raise DataError(f"{source}: {path} was just written from {self.written[path]}; decode them into different folders")
+        path = self._claim(source, name)
         if path.is_file() and sha256_file(path) == input_sha256:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
         with atomic_path(path) as temporary:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+    def _claim(self, source: Path, name: str) -> Path:
+        from texttok_cli.errors import DataError
+
+        path = self._path(source, name)
+        if path in self.written:
+            raise DataError(
+                f"{source}: its {name} and an image of {self.written[path]} are both {path}; decode them into different folders"
+            )
         self.written[path] = source
+        return path
 
     def _path(self, source: Path, image_id: str) -> Path:
         if self.out is not None and self.is_file:
@@ -171,10 +191,10 @@ class _Target:
         return folder / f"{last}.png" if self.written.get(path) == source else path
 
 
-def _mirrored(image_id: str) -> str:
-    """The id under which the mirrored copy of an image is written: dog.png -> dog.mirrored.png."""
+def _name(image_id: str, flipped: bool) -> str:
+    """The id under which an image is written; that of its mirrored copy: dog.png -> dog.mirrored.png."""
     path = PurePosixPath(image_id)
-    return str(path.with_name(f"{path.stem}.mirrored{path.suffix}")) if path.name else image_id
+    return str(path.with_name(f"{path.stem}.mirrored{path.suffix}")) if flipped and path.name else image_id
 
 
 def safe_parts(image_id: str) -> list[str]:

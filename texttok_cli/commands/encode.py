@@ -73,11 +73,11 @@ def encode(
     tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
     if tokenizer.text_condition is None and (caption is not None or captions is not None):
         raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or take a model with text")
-    texts = _texts(tokenizer, dataset, caption=caption, no_caption=no_caption)
+    texts = _texts(tokenizer, dataset, caption=caption, caption_field=caption_field, no_caption=no_caption)
     stored = tokenizer.token_dtype(dtype)
     if flips and not isinstance(target, Path):
         raise DataError("--flips is for a data set whose tokens go into a folder, not for image files")
-    job = _Folder(target, tokenizer, stored, flips) if isinstance(target, Path) else _Files(target, tokenizer, stored)
+    job = _Folder(target, tokenizer, stored, flips, dataset) if isinstance(target, Path) else _Files(target, tokenizer, stored)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     with progress(quiet=quiet) as bar:
         task = bar.add_task("encoding", total=len(dataset), note="")
@@ -101,10 +101,8 @@ def encode(
                 bar.advance(task, tokens.header.flipped.count(False))
     for image_id, reason in failed:
         say(f"skipped {image_id}: {reason}")
-    if job.cropped and not quiet:
-        say(f"not square, so the centre was taken: {job.cropped:,} of {job.encoded:,} images")
-    if tokenizer.text is not None and tokenizer.text.truncated and not quiet:
-        say(f"longer than {tokenizer.text.max_tokens} text tokens, so the end was cut off: {tokenizer.text.truncated:,} captions")
+    if not quiet:
+        _say_what_to_know(job, tokenizer)
     emit(_summary(job, tokenizer, len(dataset) - len(failed) + len(dataset.skipped), len(failed)), as_json=json)
     if failed:
         raise typer.Exit(1)
@@ -123,6 +121,9 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     from texttok_cli.errors import DataError
     from texttok_cli.tokens import SUFFIX
 
+    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out and out.suffix != ".safetensors" else None
+    if file is not None:
+        raise DataError(f"{file}: is a file, and -o needs a folder there; name another, or for one image a .safetensors file")
     named = {Path(name) for name in inputs}
     images_only = all(item.path in named and not item.in_shard for item in dataset.items)
     if not images_only or "-" in inputs:
@@ -142,7 +143,9 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     return files
 
 
-def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, no_caption: bool) -> list[str] | None:
+def _texts(
+    tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, caption_field: str | None, no_caption: bool
+) -> list[str] | None:
     """One text an image, or None for a model without text."""
     from texttok_cli.inference import texts_for
 
@@ -152,7 +155,26 @@ def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, no_ca
         return [""] * len(dataset)
     if caption is not None:
         return [caption]
-    return texts_for(dataset.items, tokenizer.text_condition)
+    return texts_for(dataset.items, tokenizer.text_condition, caption_field=caption_field)
+
+
+def _say_what_to_know(job: _Files | _Folder, tokenizer: Tokenizer) -> None:
+    from texttok_cli.console import say
+
+    if job.cropped:
+        say(f"not square, so the centre was taken: {job.cropped:,} of {job.encoded:,} images")
+    if tokenizer.text is not None and tokenizer.text.truncated:
+        say(f"longer than {tokenizer.text.max_tokens} text tokens, so the end was cut off: {tokenizer.text.truncated:,} captions")
+    if job.replaced:
+        say(
+            f"replaced in {job.out}: the tokens of {len(job.replaced):,} image(s) that had the same id but another picture, caption or"
+            f" class, such as {min(job.replaced)}; to keep both, encode all inputs in one run into a new folder"
+        )
+    if job.others:
+        say(
+            f"also in {job.out}: the tokens of {len(job.others):,} image(s) that are not among these inputs, such as {min(job.others)};"
+            " they stay, and training on this folder uses them too. If you don't want them, encode into a new folder"
+        )
 
 
 def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
@@ -165,6 +187,10 @@ def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed:
         summary["mirrored"] = job.mirrored
     if readable > job.encoded:
         summary["already_there"] = readable - job.encoded
+    if job.replaced:
+        summary["replaced"] = len(job.replaced)
+    if job.others:
+        summary["other_images"] = len(job.others)
     if failed:
         summary["failed"] = failed
     if job.encoded:
@@ -184,6 +210,8 @@ class _Job:
 
     def __init__(self) -> None:
         self.encoded = self.mirrored = self.cropped = self.token_bytes = self.token_bits = self.caption_bytes = 0
+        self.replaced: set[str] = set()  # ids whose earlier tokens in the folder were of another picture, caption or class
+        self.others: set[str] = set()  # ids in the folder that are not among the inputs
 
     def __enter__(self) -> _Job:
         return self
@@ -242,12 +270,20 @@ class _Files(_Job):
 class _Folder(_Job):
     """Shards and an index in one folder."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool, dataset: Dataset) -> None:
+        from texttok_cli.console import say
         from texttok_cli.tokens import TokenFolder
 
         super().__init__()
-        self.flips = flips
+        self.flips, self.dataset = flips, dataset
         self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
+        dropped = self.folder.dropped
+        if dropped:
+            lost = sum(shard.images for shard in dropped)
+            say(
+                f"{folder}: {len(dropped):,} shard(s) missing or damaged, such as {dropped[0].file}; of the {lost:,} image(s) in there,"
+                " those among these inputs are encoded again, any others are lost"
+            )
 
     def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
         copies = (False, True) if self.flips else (False,)
@@ -260,6 +296,8 @@ class _Folder(_Job):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.folder.finish()
+            self.replaced = self.folder.replaced
+            self.others = self.folder.ids - {item.id for item in self.dataset.items}
         else:
             self.folder.flush()
 
