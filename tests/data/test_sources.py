@@ -106,6 +106,34 @@ def test_a_list_on_stdin(tmp_path, monkeypatch):
     assert dataset.skipped == [Skipped(f"{tmp_path}/gone.png", "no such file")]
 
 
+def test_a_path_on_stdin_that_is_not_utf8_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (b"b\xff.png", b"ok.png"):
+        write(Path(os.fsdecode(name)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\xff.png\nok.png\n"), encoding="utf-8"))
+    dataset = open_dataset(["-"])
+    assert [item.id for item in dataset.items] == ["ok.png"]
+    assert dataset.skipped == [Skipped(r"'b\udcff.png'", "its name is not UTF-8; rename it")]
+    with pytest.raises(DataError, match=r"^-: holds no image$"):  # it has been read
+        open_dataset(["-"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.jsonl", b'{"image": "ok.png"}\n{"image": "b\xff.png"}\n{"image": "ok.png", "id": "\\udcff"}\n'),
+        ("m.csv", b"image,caption\nb\xff.png,\nok.png,\nok.png,caf\xe9\n"),
+    ],
+    ids=["jsonl", "csv"],
+)
+def test_lines_of_a_manifest_that_are_not_utf8_are_skipped(tmp_path, name, content):
+    for image in (b"b\xff.png", b"ok.png"):
+        write(tmp_path / os.fsdecode(image))
+    dataset = open_dataset([write(tmp_path / name, content)])
+    assert [item.id for item in dataset.items] == ["ok.png"]
+    assert [skipped.reason for skipped in dataset.skipped] == ["not UTF-8 text; rename or rewrite it as UTF-8"] * 2
+
+
 def test_braces_and_globs(tmp_path, make_shard):
     for number in range(3):
         make_shard([(f"k{number}.png", PNG)], name=f"s-000{number}.tar")
@@ -129,7 +157,7 @@ def test_a_name_with_glob_characters_is_a_name_first(tmp_path):
         ("empty/readme.md", b"x", "empty: holds no image"),
         ("empty.jsonl", b"\n", "empty.jsonl: holds no image"),
         ("bad.jsonl", b"{}", r"bad.jsonl: holds no image that can be used \(bad.jsonl:1: no 'image'"),
-        ("latin.jsonl", b'{"image": "\xe9.png"}', "latin.jsonl: not readable as text"),
+        ("latin.jsonl", b'{"image": "\xe9.png"}', r"latin.jsonl: holds no image that can be used \(latin.jsonl:1: not UTF-8 text"),
     ],
 )
 def test_an_input_that_can_not_be_used_is_one_line(tmp_path, name, content, message):
@@ -178,6 +206,25 @@ def test_an_unreadable_line_of_captions_names_file_and_line(tmp_path, line):
     captions = lines(tmp_path / "c.jsonl", {"id": "a.png", "caption": "fine"}, line)
     with pytest.raises(DataError, match=r"c\.jsonl:2: not a line of the form"):
         open_dataset([image], captions=captions)
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_caption_is_none(tmp_path, blank):
+    write(tmp_path / "a.png")
+    write(tmp_path / "b.png")
+    write(tmp_path / "b.txt", "beside")
+    captions = lines(tmp_path / "c.jsonl", {"id": "a.png", "caption": "fine"}, {"id": "b", "caption": blank})
+    assert captions_of(open_dataset([tmp_path], captions=captions)) == {"a.png": "fine", "b.png": "beside"}
+    (tmp_path / "b.txt").unlink()
+    assert captions_of(open_dataset([tmp_path], captions=captions)) == {"a.png": "fine", "b.png": None}
+    manifest = lines(tmp_path / "m.jsonl", {"image": "b.png", "caption": blank})
+    assert captions_of(open_dataset([manifest])) == {"b.png": None}
+
+
+def test_an_unreadable_captions_file_of_other_bytes_is_an_error(tmp_path):
+    captions = write(tmp_path / "c.jsonl", b'{"id": "a.png", "caption": "caf\xe9"}')
+    with pytest.raises(DataError, match=r"c\.jsonl: not readable as text"):
+        open_dataset([write(tmp_path / "a.png")], captions=captions)
 
 
 def test_captions_of_other_images_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from texttok_cli.captioners.base import CaptionFailed, Subject, Written, with_ar
 from texttok_cli.captioners.efficientnet import IMAGE_SIZE, load_efficientnet
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data import center_crop, to_tensor
+from texttok_cli.errors import DataError
 
 CERTAIN = 0.5  # probability from which on the first label stands alone
 POSSIBLE = 0.1  # below it a label is not named at all
@@ -32,7 +33,12 @@ class Classifier:
 
     def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
         """A caption for each; a class or caption that is known already plays no part."""
-        found = self.top([subject.image for subject in subjects], MOST_LABELS)
+        try:
+            found = self.top([subject.image for subject in subjects], MOST_LABELS)
+        except DataError as err:  # of one too narrow to be cropped: the others must not lose their captions
+            if len(subjects) == 1:
+                return [CaptionFailed(str(err))]
+            return [self([subject])[0] for subject in subjects]
         return [Written(describe(_head(best), measure(subject.image))) for subject, best in zip(subjects, found, strict=True)]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 from texttok_cli.captioners.base import Captioner, CaptionFailed, Subject, Written
@@ -14,10 +15,11 @@ Outcome = Written | CaptionFailed
 
 def caption_dataset(
     captioner: Captioner, dataset: Dataset, indices: Sequence[int], *, batch_size: int
-) -> Iterator[list[tuple[int, Outcome]]]:
+) -> Iterator[list[tuple[int, Outcome, str | None]]]:
     """The items `indices` of a dataset -> their indices with what was written of each, or why nothing was, as it comes.
 
-    An image that can't be read and a text that is empty are failures too. Raises BackendError as the captioner does.
+    Third is the sha256 of the file's bytes, None if they could not be had. An image that can't be read and a text that is
+    empty are failures too. Raises BackendError as the captioner does.
     """
     if captioner.concurrency:  # one image a call
         yield from (part for _, part in concurrently(lambda i: _caption(captioner, dataset, [i]), indices, captioner.concurrency))
@@ -26,21 +28,20 @@ def caption_dataset(
         yield _caption(captioner, dataset, indices[start : start + batch_size])
 
 
-def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> list[tuple[int, Outcome]]:
+def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> list[tuple[int, Outcome, str | None]]:
     subjects: dict[int, Subject] = {}
+    hashes: dict[int, str] = {}
     outcomes: dict[int, Outcome] = {}
     for index in indices:
+        item = dataset.items[index]
         try:
-            subjects[index] = _subject(dataset, index)
+            data = dataset.read(index)
+            hashes[index] = hashlib.sha256(data).hexdigest()
+            subjects[index] = Subject(load_image(data, name=item.id), item.class_name, item.caption)
         except DataError as err:
-            outcomes[index] = CaptionFailed(str(err).removeprefix(f"{dataset.items[index].id}: "))
+            outcomes[index] = CaptionFailed(str(err).removeprefix(f"{item.id}: "))
     if subjects:
         for index, outcome in zip(subjects, captioner(list(subjects.values())), strict=True):
             empty = isinstance(outcome, Written) and not outcome.text.split()
             outcomes[index] = CaptionFailed("the model wrote nothing") if empty else outcome
-    return [(index, outcomes[index]) for index in indices]
-
-
-def _subject(dataset: Dataset, index: int) -> Subject:
-    item = dataset.items[index]
-    return Subject(load_image(dataset.read(index), name=item.id), item.class_name, item.caption)
+    return [(index, outcomes[index], hashes.get(index)) for index in indices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,9 @@ from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, 
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from texttok_cli.captioners.store import CaptionLines
     from texttok_cli.data import Dataset, Item
 
 OUT, UNSEEN_OUT = Path("captions.jsonl"), Path("unseen.captions.jsonl")
@@ -78,8 +80,8 @@ def caption(
 ) -> None:
     """Write captions of images, for `encode --captions` and `train ... data.captions=`.
 
-    OUT has a line for each image: id (of a shard the key), caption, class, backend, model, prompt hash, words. Run the same
-    command again after an interruption, or to try again what failed: images whose id stands in OUT are skipped.
+    OUT has a line for each image: id (of a shard the key), caption, class, backend, model, prompt hash, words, hash of the file.
+    Run the same command again after an interruption, or to try again what failed: images that stand in OUT are skipped.
 
     With --unseen-per-class K the inputs are training images with captions and classes, and OUT is the list that `texttok
     sample` draws from for a class model: captions that no training image has, and none of the images given with --avoid.
@@ -153,19 +155,18 @@ def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_si
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     cut = written = 0
     with CaptionLines(out, settings.provenance_of(captioner)) as lines, progress(quiet=quiet) as bar:
-        there = {row.get("id") for row in lines.rows}
-        todo = [index for index, item in enumerate(dataset.items) if item.id not in there]
-        task = bar.add_task("captioning", total=len(dataset), completed=len(dataset) - len(todo), note="")
+        task = bar.add_task("captioning", total=len(dataset), note="")
+        todo = _todo(dataset, lines, lambda: bar.advance(task))
         for outcomes in caption_dataset(captioner, dataset, todo, batch_size=batch_size):
             rows = []
-            for index, outcome in outcomes:
+            for index, outcome, sha256 in outcomes:
                 item = dataset.items[index]
                 if isinstance(outcome, CaptionFailed):
                     failed.append((item.id, str(outcome)))
                     continue
                 text, was_cut = limit_words(outcome, settings.max_words)
                 cut += was_cut
-                rows.append(_row(item, text, was_cut))
+                rows.append(_row(item, text, was_cut, sha256))
             lines.add(rows)
             written += len(rows)
             bar.advance(task, len(outcomes))
@@ -179,8 +180,23 @@ def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_si
     return not failed
 
 
-def _row(item: Item, text: str, was_cut: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": item.id, "caption": text, "words": len(text.split())}
+def _todo(dataset: Dataset, lines: CaptionLines, on_there: Callable[[], None]) -> list[int]:
+    """Indices of the images that have no line yet. DataError if the line is of another image; older ones don't say of which."""
+    there = {row.get("id"): row.get("input_sha256") for row in lines.rows}
+    todo = []
+    for index, item in enumerate(dataset.items):
+        if item.id not in there:
+            todo.append(index)
+            continue
+        sha256 = there[item.id]
+        if sha256 is not None and sha256 != hashlib.sha256(dataset.read(index)).hexdigest():
+            raise DataError(f"{lines.path}: its caption of {item.id} is of another image than {item.file}; give another file with -o")
+        on_there()
+    return todo
+
+
+def _row(item: Item, text: str, was_cut: bool, sha256: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": item.id, "caption": text, "words": len(text.split()), "input_sha256": sha256}
     if was_cut:
         row["cut"] = True
     return row if item.class_name is None else {**row, "class": item.class_name}

@@ -106,7 +106,9 @@ def of_models(
     subjects = []
     for model in models:
         condition = model.text_condition
-        texts = None if condition is None else [""] * len(dataset) if no_caption else texts_for(dataset.items, condition)
+        texts = None
+        if condition is not None:
+            texts = [""] * len(dataset) if no_caption else texts_for(dataset.items, condition, caption_field=caption_field)
         source = "none (--no-caption)" if no_caption else _caption_source(captions, caption_field)
         card = (
             common

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
 from texttok_cli.errors import DataError
 
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".jp2", ".raw", ".dng"}  # images, but not for us
+NOT_UTF8 = "its name is not UTF-8; rename it"
 
 
 def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
     """Paths of image files, one a line; the path as written is the id."""
+    if isinstance(lines, TextIOWrapper) and lines.errors != "surrogateescape":
+        lines.reconfigure(errors="surrogateescape")  # as in file names, or the first line of other bytes would end the list
     for line in lines:
         name = line.rstrip("\r\n")
-        if name:
+        if name and not _is_utf8(name):
+            yield Skipped(ascii(name), NOT_UTF8)
+        elif name:
             path = Path(name)
             yield Item(name, str(path), sidecar(path)) if path.is_file() else Skipped(name, "no such file")
 
@@ -33,7 +39,7 @@ def from_folder(folder: Path) -> Iterator[Item | Skipped]:
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
         if suffix in IMAGE_SUFFIXES and not _is_utf8(relative.as_posix()):
-            yield Skipped(ascii(relative.as_posix()), "its name is not UTF-8; rename it")
+            yield Skipped(ascii(relative.as_posix()), NOT_UTF8)
         elif suffix in FOREIGN_SUFFIXES:
             yield Skipped(relative.as_posix(), f"{suffix} images can't be read; convert it to PNG or JPEG")
         elif suffix in IMAGE_SUFFIXES:
@@ -45,7 +51,7 @@ def from_folder(folder: Path) -> Iterator[Item | Skipped]:
 
 def from_manifest(path: Path) -> Iterator[Item | Skipped]:
     """Rows with `image` (relative to the manifest) and optionally `id`, `caption`, `class`."""
-    for number, row in _rows(path):
+    for number, row in _rows(path, errors="surrogateescape"):
         where = f"{path.name}:{number}"
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
             yield Skipped(where, "no 'image' in this line")
@@ -53,13 +59,16 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
         image = path.parent / row["image"]
         # An id or a class may be a number, 0 among them.
         item_id, caption, class_name = (None if row.get(key) in (None, "") else row[key] for key in ("id", "caption", "class"))
-        if not image.is_file():
+        if not _is_utf8(f"{row['image']}{item_id}{caption}{class_name}"):
+            yield Skipped(where, "not UTF-8 text; rename or rewrite it as UTF-8")
+        elif not image.is_file():
             yield Skipped(where, f"{row['image']}: no such file")
         elif not isinstance(caption, str | None) or not all(isinstance(v, str | int | None) for v in (item_id, class_name)):
             yield Skipped(where, "caption, class and id must be text")
         else:
             label = None if class_name is None else str(class_name)
-            yield Item(row["image"] if item_id is None else str(item_id), str(image), caption or sidecar(image), label)
+            text = caption if caption and caption.strip() else sidecar(image)
+            yield Item(row["image"] if item_id is None else str(item_id), str(image), text, label)
 
 
 def sidecar(path: Path) -> str | None:
@@ -96,7 +105,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a file's name can be written down: bytes that are no UTF-8 arrive as lone surrogates."""
+    """Whether a file's name or a text can be written down: bytes that are no UTF-8 arrive as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -118,13 +127,14 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
             key = str(key)
         if not isinstance(key, str) or not isinstance(row.get("caption"), str):
             raise DataError(f"{path}:{number}: not a line of the form " + '{"id": ..., "caption": ...}')
-        yield key, row["caption"]
+        if row["caption"].strip():  # a blank one is none, as an empty NAME.txt is
+            yield key, row["caption"]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, Any]]:
     """(line number, row) of a .csv or else .jsonl; an unreadable JSON line is None."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
             if path.suffix.lower() == ".csv":
                 reader = csv.DictReader(file)
                 if "image" not in (reader.fieldnames or []):

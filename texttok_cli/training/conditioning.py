@@ -31,7 +31,7 @@ def build_conditioners(
     if isinstance(cond, ClassEmbedding):
         named = [[(item.id, item.class_name) for item in dataset.items] for dataset in datasets]
         return [class_conditioner(ids, cond=None) for ids in class_ids(named, cond.num_classes, engine.device)[1]]
-    texts = [texts_for(dataset.items, cond) for dataset in datasets]
+    texts = [texts_for(dataset.items, cond, caption_field=recipe.data.caption_field) for dataset in datasets]
     return text_conditioners(cond.encoder, texts, out, engine, report, cache=recipe.training.text_cache, offline=offline)
 
 
