@@ -26,6 +26,7 @@ from texttok_cli.diffusion import FITTING, Guidance, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.inference import CLASS_TEXT, Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
 from texttok_cli.models.dit import DiT
+from texttok_cli.models.layers import in_precision
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 
 BUNDLED = {"class": "class-32-128", "text": "t2i-32-128"}  # by what they are conditioned on; recipes tiny/NAME
@@ -219,7 +220,10 @@ def load_generator(
     dit, info = load_generator_file(file, device=where)
     if not isinstance(dit.cfg.latents, TokenLatents):
         raise CheckpointError(f"{info.name}: makes feature maps, and texttok has the tokenizers of tokens only")
-    weaker = None if guide is None else load_generator_file(find_model(guide, offline=offline), device=where)
+    weaker = None
+    if guide is not None:
+        net, its_info = load_generator_file(find_model(guide, offline=offline), device=where)
+        weaker = in_precision(net, precision), its_info
     found = _find_tokenizer(info, file) if tokenizer is None else find_model(tokenizer, offline=offline)
     decoder = load_tokenizer(found, device=device, precision=precision, offline=offline)
     if info.header.tokenizer_sha256 not in decoder.info.latents_made_by:
@@ -238,7 +242,7 @@ def load_generator(
     beside = file.with_name(file.stem + CAPTIONS_SUFFIX)
     unseen = captions or (beside if beside.is_file() else None)
     bank = None if unseen is None else UnseenCaptions(unseen)
-    return Generator(dit, info, decoder, text=text, captions=bank, guide=weaker, precision=precision)
+    return Generator(in_precision(dit, precision), info, decoder, text=text, captions=bank, guide=weaker, precision=precision)
 
 
 def bundled_generator(condition: Literal["class", "text"]) -> str:

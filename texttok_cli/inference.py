@@ -21,6 +21,7 @@ from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_imag
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
@@ -149,7 +150,7 @@ def load_tokenizer(
         text = None
     else:
         raise CheckpointError(f"{info.name}: is conditioned on class embeddings, an ablation that is trained and measured but not served")
-    return Tokenizer(net, info, text, precision=precision)
+    return Tokenizer(in_precision(net, precision), info, text, precision=precision)
 
 
 def bundled_models() -> dict[str, Path]:
@@ -188,16 +189,21 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def texts_for(items: Sequence[Item], cond: TextCondition) -> list[str]:
-    """The text of each image: its caption, or its class put into a template. DataError names an image that has none."""
-    return [_text_of(item, cond) for item in items]
+def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None) -> list[str]:
+    """The text of each image: its caption, or its class put into a template.
+
+    DataError names an image that has none, and of a shard's the `caption_field` that was asked for.
+    """
+    return [_text_of(item, cond, caption_field) for item in items]
 
 
-def _text_of(item: Item, cond: TextCondition) -> str:
+def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
     if cond.source == "class_text" and item.class_name is not None:
         if WORDNET_ID.fullmatch(item.class_name):
             raise DataError(f"{item.id}: its class {item.class_name} is a WordNet id, no text; name the classes in a manifest's `class`")
         return CLASS_TEXT.format(item.class_name.rpartition("/")[2])
+    if item.caption is None and item.in_shard and caption_field is not None:
+        raise DataError(f"{item.id}: its .json has no caption under {caption_field!r}; name another key with --caption-field")
     if item.caption is None:
         raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
     return item.caption

@@ -28,6 +28,7 @@ from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
 from texttok_cli.diffusion import parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
+from texttok_cli.models.layers import in_precision
 from texttok_cli.models.prepared import RECORDABLE
 
 MEASURED_STEPS = {"cpu": 2, "cuda": 50}  # of a run, of all its steps
@@ -90,7 +91,7 @@ def _tokens(cfg: GeneratorConfig) -> int:
 def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
     """With its weights in the precision that it computes in. DoesNotFit before anything is allocated."""
     check_fits(weights_bytes(partial(DiT, cfg), where.element), where.device)
-    return materialize(partial(DiT, cfg), where, dtype=torch.bfloat16 if where.precision == "bf16" else torch.float32)
+    return materialize(lambda: in_precision(DiT(cfg), where.precision), where)
 
 
 def guided_sampling(dit: DiT, batch: int, sampling: Sampling, where: Where) -> Work:

@@ -40,6 +40,7 @@ from texttok_cli.data import eval_batches, open_dataset
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
+from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 
 Part = Literal["text", "encode", "decode", "generate", "load", "train", "eval", "caption"]
@@ -111,7 +112,7 @@ def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: 
         return forward_bytes(batch * rows_of(cfg), cfg.backbone.width, where.element)
 
     def build() -> Callable[[int], Work]:
-        model = materialize(lambda: TexTok(cfg), where)
+        model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
 
         def work(batch: int) -> Work:
             cond = text_states(cfg, batch, where)

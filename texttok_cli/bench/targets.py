@@ -40,6 +40,7 @@ from texttok_cli.metrics.evaluator import Work as EvaluationWork
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.sources import FileImages
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
+from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.plan import count_flops
 
@@ -72,8 +73,9 @@ def _tokenizer(task: Task) -> Iterator[Target]:
     where, cfg = task.where, tokenizer_config("TexTok", 32, 256)
     cpu = where.device.type == "cpu"
     batch = 1 if cpu else 32
-    check_fits(0.8e9 * (1 + batch / 8), where.device)
-    model = materialize(lambda: TexTok(cfg), where)
+    check_fits(0.8e9 * (2 + batch / 8), where.device)
+    model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
+    plain = materialize(lambda: TexTok(cfg), where)
     cond, images = text_states(cfg, batch, where), torch.rand(batch, 3, 256, 256, device=where.device) * 2 - 1
 
     # A GPU runs small kernels faster than Python launches them; on a CPU compiling gains nothing.
@@ -85,7 +87,7 @@ def _tokenizer(task: Task) -> Iterator[Target]:
         with torch.inference_mode(), where.autocast():
             return decode(encode(images, cond).z, cond)
 
-    works: dict[str, Work] = {"ours": ours, "plain fp32": lambda: plain_reconstruct(model, images, cond)}
+    works: dict[str, Work] = {"ours": ours, "plain fp32": lambda: plain_reconstruct(plain, images, cond)}
     flops = {"ours": batch * count_flops(cfg)[1]}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         works[name], flops[name] = products(block_products(batch * rows_of(cfg), cfg.backbone.width), dtype, where.device)
@@ -165,7 +167,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
 def _decode_seconds(timer: Timer, task: Task, size: int) -> float:
     cfg, where = tokenizer_config("TexTok", 32, size), task.where
     batch = task.part_of(32, rows_of(cfg))
-    model = materialize(lambda: TexTok(cfg), where)
+    model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
     cond, z = text_states(cfg, batch, where), torch.randn(batch, 32, cfg.latent_dim, device=where.device)
 
     def decode() -> object:

@@ -5,14 +5,19 @@ Letters: B batch, L sequence, K kept tokens, T condition tokens, D width, H head
 
 from __future__ import annotations
 
+from typing import Literal, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from texttok_cli.config.schema import Transformer
 
+Model = TypeVar("Model", bound=nn.Module)
 ALL = slice(None)
 CACHED_SCORES = 2**19  # attention scores that a core's cache holds beside their operands
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+LONG = 256  # tokens, of queries and of keys
 
 
 class _RMSNorm(nn.RMSNorm):
@@ -108,20 +113,41 @@ class Block(nn.Module):
         return [linear for linear in branches if isinstance(linear, nn.Linear)]
 
 
+def in_precision(model: Model, precision: Literal["fp32", "bf16"]) -> Model:
+    """The model itself, for bf16 with its linear layers rounded once, as autocast would round them anew in every call.
+
+    For inference alone: what it computes under autocast does not change.
+    """
+    for module in model.modules() if precision == "bf16" else ():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    return model
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention: q (B, H, L, E), k and v (B, H, S, E), mask (B, S) of real keys -> (B, L, H*E)."""
     key_mask = None if mask is None else mask[:, None, None, :]
-    if q.device.type == "cpu" and q.requires_grad:
-        y = _explicit_attention(q, k, v, key_mask)
-    elif q.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.compiler.is_compiling():  # which would unroll its loop
-        y = _attention_by_heads(q, k, v, key_mask)
-    else:
+    if q.device.type != "cpu" or _fused_is_faster(q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+    else:
+        y = (_explicit_attention if q.requires_grad else _attention_by_heads)(q, k, v, key_mask)
     return y.transpose(1, 2).flatten(2)
 
 
+def _fused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's kernel is faster on this CPU than the formula written out, as benchmarks/attention.py measures it.
+
+    In bf16 it needs AMX for that, and its backward pass many tokens as well.
+    """
+    if v.dtype != torch.bfloat16:
+        return True
+    if q.requires_grad:
+        return AMX and q.shape[2] * k.shape[2] >= LONG**2
+    return AMX or torch.compiler.is_compiling()  # which would unroll the loop over heads
+
+
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The formula itself, for training on a CPU: there the fused kernel's backward pass runs at a fifth of a matmul's rate."""
+    """The formula itself, for training in bf16 on a CPU."""
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, L, S); softmax in fp32 under autocast
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -130,8 +156,8 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 
 def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The formula for some heads at a time, for bf16 on a CPU: two matmuls whose scores stay in the cache, where the fused kernel
-    reaches less than half of a matmul's rate. Scores are rounded to bf16, as in training; the softmax itself adds up in fp32."""
+    """The formula for some heads at a time, for bf16 on a CPU without AMX: two matmuls whose scores stay in the cache. Scores are
+    rounded to bf16, as in training; the softmax itself adds up in fp32."""
     batch, heads, length, _ = q.shape
     group = max(1, CACHED_SCORES // (length * k.shape[2]))
     parts = [torch.split(t.flatten(0, 1), group) for t in (q * q.shape[-1] ** -0.5, k, v)]
