@@ -1,5 +1,6 @@
 """The `texttok` command: start-up, exit codes, and errors as one line."""
 
+import io
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 import texttok_cli
 from texttok_cli import main as module
-from texttok_cli.console import one_line
+from texttok_cli.console import emit, one_line
 from texttok_cli.errors import TokenFileError
 
 Run = Callable[..., Any]
@@ -100,6 +101,23 @@ def test_a_gpu_without_memory_is_one_line(texttok: Run, monkeypatch: pytest.Monk
         module.main()
 
 
+def test_a_broken_compile_cache_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InductorError
+
+    def fail() -> None:
+        raise InductorError(OSError("/tmp/torchinductor_me/a.so: file too short\nmore"), None)
+
+    monkeypatch.setattr(module, "app", fail)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_me")
+    run = texttok()
+    assert run.code == 1 and run.err.count("\n") == 1 and "more" not in run.err
+    assert "(/tmp/torchinductor_me/a.so: file too short)" in run.err
+    assert "remove the folder /tmp/torchinductor_me, or set training.compile=false" in run.err
+    monkeypatch.setenv("TEXTTOK_DEBUG", "1")
+    with pytest.raises(InductorError):
+        module.main()
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
@@ -132,13 +150,44 @@ def test_a_full_disk_is_one_line(texttok: Run, bundled: Path, draw: Callable[...
     assert [path.name for path in tmp_path.iterdir()] == ["img.png"]
 
 
-def test_a_reader_that_goes_away_ends_quietly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--version", "--help"])  # by print, and by Rich
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_quietly(option: str, unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     code = "from texttok_cli.main import main; main()"
-    run = subprocess.run([sys.executable, "-c", code, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    run = subprocess.run([sys.executable, "-c", code, option], stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
     os.close(writer)
-    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+def test_sigterm_lets_what_is_done_be_kept() -> None:
+    code = """
+import signal
+from texttok_cli import main
+
+def work():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.raise_signal(signal.SIGTERM)  # as `timeout` sends two
+        print("kept")
+
+main.app = work
+main.main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (143, "kept\n", "")
+
+
+def test_a_name_that_the_locale_can_t_write_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    monkeypatch.setattr(module, "app", lambda: emit({"out": "\u00fc\u732b"}, as_json=False))
+    module.main()
+    assert written.getvalue() == b"out  \xfc\\u732b\n"
 
 
 def test_messages_are_one_line_whatever_they_hold() -> None:

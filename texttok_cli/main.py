@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -49,32 +51,72 @@ def common(
 
 def main() -> None:
     """Run the command line; a person's mistake becomes one line on stderr and exit code 1, 2 for a usage error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale can't write; stderr escapes it anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        _run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(number: int, frame: Any) -> None:
+    """Leave as Ctrl-C does, so that what is done is kept."""
+    signal.signal(number, signal.SIG_IGN)  # `timeout` signals twice, and the second must not cut off the saving
+    sys.exit(128 + number)
+
+
+def _run() -> None:
     debug = "--debug" in sys.argv or bool(os.environ.get("TEXTTOK_DEBUG"))
     try:
-        app()
+        _run_app()
     except TextTokError as err:
         if debug:
             raise
         _fail(str(err))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # Python flushes both once more
+            os.dup2(nowhere, descriptor)
         sys.exit(141)
     except OSError as err:
         if debug:
             raise
         _fail(f"{err.filename2 or err.filename or 'file system'}: {err.strerror or err}")
     except RuntimeError as err:
-        if debug or not _is_out_of_memory(err):
+        line = _remedy(err)
+        if debug or line is None:
             raise
-        _fail(
+        _fail(line)
+
+
+def _run_app() -> None:
+    """Typer and Rich make a broken pipe exit code 1, and Python meets one as late as its last flush: here both raise BrokenPipeError."""
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            raise end.__context__ from None
+        print(end="", flush=True)
+        raise
+
+
+def _remedy(err: RuntimeError) -> str | None:
+    """A line for an error of torch that is no bug. torch is not imported for this: what did not load it can't have raised its errors."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(err, torch.OutOfMemoryError):
+        return (
             "the GPU has not enough free memory: take a smaller batch (--batch-size; of train training.batch_size=), bf16, or --device cpu"
         )
-
-
-def _is_out_of_memory(err: RuntimeError) -> bool:
-    """Whether a GPU's memory ran out. torch is not imported for this: what did not load it can't have raised its errors."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(err, torch.OutOfMemoryError)
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    if dynamo is not None and isinstance(err, dynamo.BackendCompilerFailed):  # InductorError is one
+        reason = str(err.inner_exception).partition("\n")[0]
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_USER in the temporary folder")  # torch sets it
+        return (
+            f"torch can't compile the model ({reason}); a run that was killed may have left a broken cache: remove the folder {folder},"
+            " or set training.compile=false"
+        )
+    return None
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Results merged into Markdown, HTML and plots."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,21 +144,28 @@ def test_a_sweep_is_drawn_again_with_the_same_panel(tradeoff_result: Make, tmp_p
     assert "ImageNet 512 x 512" in (tmp_path / "out" / "sweep.svg").read_text()
 
 
-def test_what_is_damaged_or_not_there_is_one_line(latency_result: LatencyResult, tmp_path: Path) -> None:
+def test_what_is_damaged_is_one_line_and_within_a_folder_leaves_the_rest(latency_result: LatencyResult, tmp_path: Path) -> None:
+    whole = latency_result.model_dump(mode="json")
+    lines = {
+        json.dumps(whole | {"rows": [{"system": "A"}]}): "latency.rows.0.part: Field required",
+        json.dumps(whole | {"texttok_bench": 2}): "texttok_bench is 2, this texttok reads 1; update texttok",
+        json.dumps({"texttok_report": 1}): "header.results: Field required",
+        "{": "not a result (no JSON object)",
+    }
+    save_result(tmp_path / "cpu.json", latency_result)
+    for i, text in enumerate(lines):
+        (tmp_path / f"{i}.json").write_text(text)
+    found = find_results([tmp_path])
+    assert (list(found.latency), found.unknown) == (["cpu"], [])
+    assert found.damaged == [f"{tmp_path / f'{i}.json'}: {line}" for i, line in enumerate(lines.values())]
+    for i, line in enumerate(lines.values()):
+        with pytest.raises(DataError, match=re.escape(line)):
+            find_results([tmp_path, tmp_path / f"{i}.json"])
+
+
+def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         find_results([tmp_path / "none"])
-    broken = latency_result.model_dump(mode="json")
-    del broken["rows"][0]["part"]
-    (tmp_path / "a.json").write_text(json.dumps(broken))
-    with pytest.raises(DataError, match=r"a\.json: latency\.rows\.0\.part: Field required"):
-        find_results([tmp_path])
-    (tmp_path / "a.json").write_text(json.dumps(latency_result.model_dump(mode="json") | {"texttok_bench": 2}))
-    with pytest.raises(DataError, match=r"a\.json: texttok_bench is 2, this texttok reads 1; update texttok"):
-        find_results([tmp_path])
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(DataError, match="no JSON object"):
-        find_results([tmp_path])
-    (tmp_path / "a.json").unlink()
     with pytest.raises(DataError, match="no results"):
         write_report(find_results([tmp_path]), tmp_path)
 

@@ -125,6 +125,12 @@ def test_a_later_series_is_looked_at_before_the_first_point(
     assert not (tmp_path / "out").exists()
 
 
+def test_one_reference_is_too_few(generator: Path, models: Path, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "open_system", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(DataError, match=r"one\.png: holds one image"):
+        run(make_spec(generator, models), draw(tmp_path / "one.png"), tmp_path / "out")
+
+
 def test_a_system_is_gone_before_the_next_is_opened_and_opened_only_for_what_is_missing(
     generator: Path, models: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

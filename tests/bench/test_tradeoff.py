@@ -35,12 +35,19 @@ def test_a_spec_is_every_combination_of_its_series(tmp_path: Path) -> None:
     assert [(s.steps, s.sampler, s.cfg) for s in settings(spec.series[1])] == [(20, "ddim", "1.5"), (20, "dpm++2m", "1.5")]
 
 
+def test_a_setting_that_is_given_twice_is_one_point(tmp_path: Path) -> None:
+    text = SPEC.replace("steps: 20", "steps: [2, 2]").replace("cfg: 1.5", 'cfg: [1.5, "1.50", 2, 2.0]')
+    found = settings(load_spec(write(tmp_path / "spec.yaml", text)).series[1])
+    assert found == [Setting("B", 2, sampler, cfg) for sampler in ("ddim", "dpm++2m") for cfg in ("1.5", "2")]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("reference: B", "reference: C"), "reference 'C' is none of the series: A, B"),
         (("name: B", "name: A"), "two series have the same name"),
         (("steps: 20", "steps: 0"), r"series\.1\.steps\.0: .*greater than or equal to 1"),
+        (("name: sweep", "name: ../evil"), "name: String should match pattern"),
         (("images: 8", "image: 8"), "image: Extra inputs"),
         (("images: 8", "images: ["), "not YAML"),
     ],

@@ -93,6 +93,10 @@ def test_report_merges_and_says_what_it_left_out(texttok: Run, tmp_path: Path) -
     assert done.code == 0 and json.loads(done.out)["results"] == 1
     assert "left out, of another kind: other.json" in done.err
     assert "read in order" in (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "in" / "broken.json").write_text("{")
+    done = texttok("bench", "report", tmp_path / "in", "-o", tmp_path / "again", "--quiet", "--json")
+    assert done.code == 1 and json.loads(done.out)["results"] == 1 and (tmp_path / "again" / "report.html").exists()
+    assert done.err == f"left out: {tmp_path / 'in' / 'broken.json'}: not a result (no JSON object)\n"
     assert texttok("bench", "report", tmp_path / "nothing", "-o", tmp_path / "out").err.startswith("texttok: ")
 
 

@@ -41,28 +41,38 @@ class Found:
     tradeoff: dict[str, TradeoffResult] = field(default_factory=dict)
     evaluations: dict[str, Report] = field(default_factory=dict)
     unknown: list[Path] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # a line for each
 
     def __len__(self) -> int:
         return len(self.latency) + len(self.tradeoff) + len(self.evaluations)
 
 
 def find_results(inputs: Sequence[Path]) -> Found:
-    """Of files, and of all .json within folders. DataError for a result that is damaged, and for a path that is not there."""
+    """Of files, and of all .json within folders. DataError for a named file that is damaged, and for a path that is not there."""
     found = Found()
     for path in sorted({file for given in inputs for file in _files(given)}):
         if path not in inputs and _is_list(path):
             found.unknown.append(path)
             continue
-        value = read_json_object(path, kind="result", error=DataError)
-        if KEY in value:
-            result = parse_result(path, value)
-            kind: dict[str, LatencyResult] | dict[str, TradeoffResult] = found.latency if result.kind == "latency" else found.tradeoff
-            kind[_free_name(path, kind)] = result  # type: ignore[assignment]
-        elif "texttok_report" in value:
-            found.evaluations[_free_name(path, found.evaluations)] = load_report(path)
-        else:
-            found.unknown.append(path)
+        try:
+            _add(found, path)
+        except DataError as err:
+            if path in inputs:
+                raise
+            found.damaged.append(str(err))
     return found
+
+
+def _add(found: Found, path: Path) -> None:
+    value = read_json_object(path, kind="result", error=DataError)
+    if KEY in value:
+        result = parse_result(path, value)
+        kind: dict[str, LatencyResult] | dict[str, TradeoffResult] = found.latency if result.kind == "latency" else found.tradeoff
+        kind[_free_name(path, kind)] = result  # type: ignore[assignment]
+    elif "texttok_report" in value:
+        found.evaluations[_free_name(path, found.evaluations)] = load_report(path)
+    else:
+        found.unknown.append(path)
 
 
 def _is_list(path: Path) -> bool:

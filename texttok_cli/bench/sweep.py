@@ -95,11 +95,11 @@ class _Facts:
 def _look(series: Series, opener: Opener) -> _Facts:
     """Open it and let go of it: what is not to be had, and a setting that it can't take, is said before hours are spent on others."""
     system = opener(series)
-    for setting in settings(series):
-        try:
+    try:
+        for setting in settings(series):
             check_sampling(system.config, Sampling(setting.steps, setting.sampler, setting.cfg))
-        except RecipeError as err:
-            raise RecipeError(f"{series.name}: {err}") from None
+    except RecipeError as err:
+        raise RecipeError(f"{series.name}: {err}") from None
     return _Facts(system.tokens, dict(system.identity))
 
 
@@ -150,6 +150,8 @@ class _References:
         else:
             self.dataset = open_dataset([ref])
             self.identity, self.count = FileImages(self.dataset).identity(), len(self.dataset)
+            if self.count < 2:
+                raise DataError(f"{ref}: holds one image; an FID needs 2 references or more")
 
     def at(self, size: int) -> Gaussian:
         """Of the references cropped to this size by ADM's rule."""

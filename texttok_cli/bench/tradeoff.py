@@ -19,6 +19,7 @@ from texttok_cli.bench.curves import Comparison, Point, best, gain_at_equal_time
 from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
 from texttok_cli.config.schema import Config
+from texttok_cli.diffusion import parse_cfg
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.files import read_json_object, write_json
 
@@ -50,7 +51,7 @@ class Series(Config):
 class Spec(Config):
     """What `texttok bench tradeoff` is to do."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/\\]{1,256}$")  # of the files that it gives
     reference: str | None = None  # the series that the others are compared with
     ref: str | None = None  # reference images (folder, shard, manifest) or statistics (.npz) for the FID; --ref of the command wins
     images: int = Field(50_000, ge=2)  # samples of each point
@@ -94,8 +95,9 @@ class Setting:
 
 
 def settings(series: Series) -> list[Setting]:
-    """Every combination of a series."""
-    return [Setting(series.name, steps, sampler, cfg) for steps, sampler, cfg in product(series.steps, series.sampler, series.cfg)]
+    """Every combination of a series, once: 1.5 and 1.50 are the same guidance. RecipeError for one that is none."""
+    guidance = [str(parse_cfg(cfg)) for cfg in series.cfg]
+    return list(dict.fromkeys(Setting(series.name, *choice) for choice in product(series.steps, series.sampler, guidance)))
 
 
 # Numbers of the samples [0, n) of one batch -> uint8 images (B, 3, S, S). Sample i is the same in any batch.

@@ -57,6 +57,6 @@ def in_order(results: Iterator[tuple[int, R]]) -> Iterator[R]:
             while turn in waiting:
                 yield waiting.pop(turn)
                 turn += 1
-    except (BackendError, KeyboardInterrupt):
+    except (BackendError, KeyboardInterrupt, SystemExit):
         yield from (waiting[place] for place in sorted(waiting))
         raise

@@ -154,10 +154,14 @@ def report(
     from texttok_cli.console import emit, say
 
     found = find_results(inputs)
+    for reason in found.damaged:
+        say(f"left out: {reason}")
     files = write_report(found, out)
     if found.unknown and not quiet:
         say(f"left out, of another kind: {', '.join(path.name for path in found.unknown)}")
     emit({"results": len(found), "files": [str(file) for file in files]}, as_json=json)
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 # ------------------------------------------------------------------ the latency command's parts
