@@ -81,7 +81,7 @@ def _text(task: Task) -> Iterator[Row]:
             return forward_bytes(batch * TEXT_TOKENS, width, 2)
 
         def build(network: Callable[[], nn.Module] = network) -> Callable[[int], Work]:
-            encoder = materialize(network, task.where, dtype=torch.bfloat16)
+            encoder = materialize(lambda: network().bfloat16(), task.where)
 
             def work(batch: int) -> Work:
                 ids = torch.randint(0, 32_000, (batch, TEXT_TOKENS), device=task.where.device)

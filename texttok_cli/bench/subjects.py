@@ -108,12 +108,10 @@ def check_fits(needed: float, device: torch.device) -> None:
         raise DoesNotFit(f"needs about {needed / 1e9:.1f} GB and 1 GB in reserve, {free / 1e9:.1f} GB are free")
 
 
-def materialize(build: Callable[[], Network], where: Where, *, dtype: torch.dtype = torch.float32) -> Network:
+def materialize(build: Callable[[], Network], where: Where) -> Network:
     """A network on the device, its weights and buffers random, in values that repeat: drawing gigabytes takes longer than timing them."""
     with torch.device("meta"):
         network = build()
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(dtype)
     network.to_empty(device=where.device)
     for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.is_floating_point():
