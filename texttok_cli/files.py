@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from texttok_cli.errors import TextTokError
+from texttok_cli.errors import DataError, TextTokError
 
 META_KEY = "texttok"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -43,6 +43,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_can_be_folder(path: Path, *, else_name: str) -> None:
+    """DataError if a file stands where `path` or a folder above it has to be one; `else_name` says what -o may be besides a folder."""
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    if file is not None:
+        raise DataError(f"{file}: is a file, and -o needs a folder there; name another{else_name}")
 
 
 def write_json(path: Path, value: Any) -> None:

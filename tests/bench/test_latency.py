@@ -27,6 +27,7 @@ from texttok_cli.commands.bench import PART_NAMES
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
+from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 
 CPU = Where(torch.device("cpu"), "fp32")
@@ -178,7 +179,7 @@ def test_the_plain_model_is_the_model(qk_norm: bool) -> None:
 
 
 def test_materialized_networks_are_random_and_real() -> None:
-    network = materialize(lambda: nn.Sequential(nn.Linear(8, 600_000), nn.BatchNorm1d(4)), CPU, dtype=torch.bfloat16)
+    network = materialize(lambda: in_precision(nn.Sequential(nn.Linear(8, 600_000), nn.BatchNorm1d(4)), "bf16"), CPU)
     assert isinstance(network[0], nn.Linear) and isinstance(network[1], nn.BatchNorm1d)
     assert network[0].weight.dtype == torch.bfloat16 and 0.01 < network[0].weight.float().std() < 0.03
     assert network[1].running_var is not None and network[1].running_var.dtype == torch.float32

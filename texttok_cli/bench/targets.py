@@ -33,6 +33,7 @@ from texttok_cli.bench.subjects import (
 from texttok_cli.bench.task import Task, Work
 from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import generator_steps, loader_work, tokenizer_steps
+from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.evaluator import Evaluator
@@ -183,10 +184,12 @@ def _decode_seconds(timer: Timer, task: Task, size: int) -> float:
 def _training(task: Task) -> Iterator[Target]:
     """What a step costs over bare forward, backward and optimizer; and whether data comes fast enough."""
     if task.where.device.type == "cpu":
-        tokenizer, generator, batch = "tiny/texttok-32-128", "tiny/class-32-128", 16
+        names = ("tiny/texttok-32-128", "tiny/class-32-128")
+        sizes = [load_recipe(name).training.batch_size for name in names]
     else:  # the small ones' time there is that of launching kernels
-        tokenizer, generator, batch = "tokenizer/texttok-32-256", "generator/dit-xl-32-256", 64
+        names, sizes = ("tokenizer/texttok-32-256", "generator/dit-xl-32-256"), [64, 64]
     with tempfile.TemporaryDirectory() as folder:
+        (tokenizer, generator), (batch, latents) = names, sizes
         whole, bare = tokenizer_steps(tokenizer, batch, Path(folder), task.where)
         seconds = task.timer.in_turns({"whole": whole, "bare": bare})
         note = f"{tokenizer}, batch {batch}, random images, l2 alone, not compiled; EMA, guard and clipping are in the step"
@@ -198,10 +201,10 @@ def _training(task: Task) -> Iterator[Target]:
         )
         yield Target(name="loader over the training step", reached=median(seconds["whole"]) / loading, least=1, unit="x", note=note)
         del whole, bare  # two models with their optimizers
-        whole, bare = generator_steps(generator, batch, Path(folder), task.where)
+        whole, bare = generator_steps(generator, latents, Path(folder), task.where)
         seconds = task.timer.in_turns({"whole": whole, "bare": bare})
         over = 100 * (median_ratio(seconds["whole"], seconds["bare"]) - 1)
-        note = f"{generator}, batch {batch}, latents in memory, not compiled; batches, dropout, EMA and guard are in the step"
+        note = f"{generator}, batch {latents}, latents in memory, not compiled; batches, dropout, EMA and guard are in the step"
         yield Target(name="DiT's training step over a bare one", reached=over, most=5, unit="%", note=note)
 
 

@@ -131,6 +131,7 @@ class _Target:
         """`names`: of the images of each input. DataError if `out` is a file's name that can't be, or two images would be one file."""
         from texttok_cli.data.items import IMAGE_SUFFIXES
         from texttok_cli.errors import DataError
+        from texttok_cli.files import check_can_be_folder
 
         self.out, self.counts = out, {source: len(own) for source, own in names.items()}
         self.total = sum(self.counts.values())
@@ -140,9 +141,8 @@ class _Target:
         self.is_file = suffix == ".png" and self.total == 1
         if suffix in IMAGE_SUFFIXES and not self.is_file:
             raise DataError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
-        file = next((path for path in (out, *out.parents) if path.is_file()), None) if out and not self.is_file else None
-        if file is not None:
-            raise DataError(f"{file}: is a file, and -o needs a folder there; name another, or for one image a .png file")
+        if out is not None and not self.is_file:
+            check_can_be_folder(out, else_name=", or for one image a .png file")
         if len(names) > 1:  # a rehearsal, before any work: two inputs may have ids in common
             for source, own in names.items():
                 for name in own:

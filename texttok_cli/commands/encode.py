@@ -119,11 +119,11 @@ def _check_one_source(caption: str | None, captions: Path | None, no_caption: bo
 def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
     """A folder of shards, or for image files one token file each."""
     from texttok_cli.errors import DataError
+    from texttok_cli.files import check_can_be_folder
     from texttok_cli.tokens import SUFFIX
 
-    file = next((path for path in (out, *out.parents) if path.is_file()), None) if out and out.suffix != ".safetensors" else None
-    if file is not None:
-        raise DataError(f"{file}: is a file, and -o needs a folder there; name another, or for one image a .safetensors file")
+    if out is not None and out.suffix != ".safetensors":
+        check_can_be_folder(out, else_name=", or for one image a .safetensors file")
     named = {Path(name) for name in inputs}
     images_only = all(item.path in named and not item.in_shard for item in dataset.items)
     if not images_only or "-" in inputs:
@@ -143,9 +143,7 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     return files
 
 
-def _texts(
-    tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, caption_field: str | None, no_caption: bool
-) -> list[str] | None:
+def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, caption_field: str | None, no_caption: bool) -> list[str] | None:
     """One text an image, or None for a model without text."""
     from texttok_cli.inference import texts_for
 

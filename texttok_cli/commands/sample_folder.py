@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from texttok_cli.errors import DataError
-from texttok_cli.files import atomic_path, write_json
+from texttok_cli.files import atomic_path, check_can_be_folder, write_json
 from texttok_cli.metrics.sources import NpzWriter
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class SampleFolder:
         return str(i) if self.settings["format"] == "npz" else self.image(i).stem
 
     def _check(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path}: is a file; -o names a folder")
+        check_can_be_folder(self.path, else_name="")
         if self.path.suffix in (".npz", ".png"):
             raise DataError(f"{self.path}: -o names a folder; with --format npz it will hold samples.npz")
         if not self.begun:
