@@ -40,6 +40,10 @@ class Schedule:
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
 
+    def without_last(self) -> Schedule:
+        """Without its last time: the step from the one before goes straight to the data."""
+        return Schedule(self.times[:-1], self.fractions[:-1], (*self.alphas[:-2], 1.0), (*self.sigmas[:-2], 0.0))
+
 
 class DDPMProcess:
     """Gaussian diffusion with linear betas and eps-prediction, its variance learned between two bounds or fixed.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from texttok_cli.diffusion.process import Denoised, Schedule
+from texttok_cli.diffusion.process import Denoised, Process, Schedule
 
 Denoiser = Callable[[Tensor, int], Denoised]  # x_t and i
 
@@ -81,6 +81,15 @@ def heun(denoise: Denoiser, noise: Tensor, schedule: Schedule, rng: SampleRng) -
             return ahead
         x = x + (s - t) / 2 * (velocity + (ahead - denoise(ahead, i + 1).x0) / s)
     return x
+
+
+def schedule_for(sampler: str, process: Process, steps: int) -> Schedule:
+    """The times at which a sampler takes so many steps. RecipeError for a number that the process can't take.
+
+    DPM-Solver++ leaves out the first timestep, as diffusers' default spacing does: half of lambda's range lies between it and its
+    neighbour, and an extrapolation so far ahead costs more than all other steps together.
+    """
+    return process.schedule(steps + 1).without_last() if sampler == "dpm++2m" else process.schedule(steps)
 
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver, "euler": ddim, "heun": heun}

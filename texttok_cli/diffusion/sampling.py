@@ -14,7 +14,7 @@ from torch import Tensor
 from texttok_cli.config.schema import DDPM, Flow, GeneratorConfig
 from texttok_cli.diffusion.guidance import Guidance
 from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
-from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, Denoiser, SampleRng
+from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, Denoiser, SampleRng, schedule_for
 from texttok_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def plan_sampling(
     if sampler not in fitting:
         raise RecipeError(f"sampler {sampler!r} is none of those of a {process_cfg.kind} model: {', '.join(fitting)}")
     process = build_process(process_cfg)
-    schedule = process.schedule(steps)
+    schedule = schedule_for(sampler, process, steps)
     weights = [guidance.weight(fraction) for fraction in schedule.fractions]
     if by_null and dropout == 0 and any(weight != 1 for weight in weights):
         raise RecipeError("guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide")
