@@ -110,6 +110,15 @@ def test_a_few_steps_and_a_part_of_the_batch_stand_for_all_and_the_row_says_so(m
 
 
 @pytest.mark.usefixtures("tiny")
+def test_few_steps_stand_for_all_by_the_passes_that_guidance_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 steps the last, at t = 0, is in no interval from 0.2 on; of 50 steps 10 are not."""
+    once = Timer(warm_up=0, repeats=1)
+    monkeypatch.setattr(once, "once", lambda work: (work(), 1.0)[1])
+    tokens, _ = generate.generation_rows(make_task(steps=50, batches=[2], timer=once, guidance="2:interval=0.2,1"))
+    assert tokens.times == (40 * 2 + 10) / (2 + 1)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_what_does_not_fit_is_said_and_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subjects, "free_memory", lambda device: int(1e9))  # all of it in reserve
     monkeypatch.setattr(latency, "materialize", lambda *_: pytest.fail("allocated"))

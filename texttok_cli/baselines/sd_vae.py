@@ -55,7 +55,7 @@ class SDVAE(Baseline):
     def decode(self, z: Tensor, captions: Sequence[str] | None = None) -> Tensor:
         """Latents -> uint8 (B, 3, S, S) on the CPU, rounding half up."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return to_uint8(self.model.decode(z.to(self.device)).sample).cpu()
+            return to_uint8(self.model.decode(z.to(self.device)).sample.float()).cpu()
 
 
 def _from_hub(repo: str, *, offline: bool) -> Path:

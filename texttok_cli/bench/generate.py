@@ -59,7 +59,9 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
     note = joined(
         f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{measured} steps run" if measured < task.steps else ""
     )
-    row = Row(part="generate", system=name, image_size=size, tokens=_tokens(cfg), steps=task.steps, note=note, times=task.steps / measured)
+    # Guidance may leave steps unguided, and another share of few steps than of many.
+    times = _network_passes(cfg, task, task.steps) / _network_passes(cfg, task, measured)
+    row = Row(part="generate", system=name, image_size=size, tokens=_tokens(cfg), steps=task.steps, note=note, times=times)
 
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows, cfg.backbone.width, 4)
@@ -69,6 +71,12 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
         return lambda batch: guided_sampling(dit, batch, Sampling(measured, task.sampler, task.guidance), where)
 
     yield from task.time_batches(row, rows, weights_bytes(partial(DiT, cfg), where.element), activations, build)
+
+
+def _network_passes(cfg: GeneratorConfig, task: Task, steps: int) -> int:
+    guidance, dropout = parse_cfg(task.guidance), cfg.condition.dropout
+    *_, weights = plan_sampling(cfg.process, task.sampler, steps, guidance, by_null=True, dropout=dropout)
+    return sum(1 if weight == 1 else 2 for weight in weights)
 
 
 def check_sampling(cfg: GeneratorConfig, sampling: Sampling) -> None:

@@ -23,6 +23,7 @@ from texttok_cli.diffusion import parse_cfg, sample
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator, Request, load_generator
+from texttok_cli.models.layers import in_precision
 from texttok_cli.text import EmbeddingCache
 
 ORIGINAL = f"{PREFIX}dit="  # as a series' generator: baseline:dit=DiT-XL-2-256x256.pt
@@ -102,7 +103,7 @@ def _requests(generator: Generator, series: Series, seeds: range) -> list[Reques
 
 
 class OriginalDiT:
-    """A public checkpoint of DiT/2 and SD-VAE, whose decoder computes in fp32 (`tokenizer`: baseline:sd-vae or baseline:sd-vae=FOLDER)."""
+    """A public checkpoint of DiT/2 and SD-VAE (`tokenizer`: baseline:sd-vae or baseline:sd-vae=FOLDER), in the sweep's precision."""
 
     def __init__(
         self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
@@ -115,7 +116,8 @@ class OriginalDiT:
         decoder = load_baseline(series.tokenizer or f"{PREFIX}sd-vae", device=device, offline=offline)
         if not isinstance(decoder, SDVAE):
             raise DataError(f"{series.name}: {series.tokenizer} is not SD-VAE, whose latents the original DiT makes")
-        self.dit, self.decoder, self.device, self.precision = load_dit(path, device=device), decoder, device, precision
+        self.dit = in_precision(load_dit(path, device=device), precision)
+        self.decoder, self.device, self.precision = decoder, device, precision
         self.config = self.dit.cfg
         latents, condition = self.config.latents, self.config.condition
         assert isinstance(latents, GridLatents) and isinstance(condition, ClassLabels)
@@ -135,4 +137,5 @@ class OriginalDiT:
             class_ids=torch.tensor([self.labels[number] for number in numbers], device=self.device),
             autocast=self.precision == "bf16",
         )
-        return self.decoder.decode(z)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.decoder.decode(z)

@@ -132,8 +132,10 @@ class Replayed:
                 return self.function(*inputs)
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in inputs]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), sdpa_kernel(RECORDABLE):
+            graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+            # On the inputs' GPU, which need not be torch's current one; left alone it records a stream of that.
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream), sdpa_kernel(RECORDABLE):
                 self.output = self.function(*self.inputs)
             self.graph = graph
         torch._foreach_copy_(self.inputs, list(inputs))
