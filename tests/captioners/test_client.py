@@ -118,6 +118,26 @@ def test_what_the_endpoint_asks_for_is_waited(status: int, headers: dict[str, st
     assert wait <= time.monotonic() - begin < wait + 1.5
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "0"},
+        {"Retry-After": formatdate(0, usegmt=True)},
+        {"retry-after-ms": "5"},
+        {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "0s"},
+    ],
+)
+def test_who_asks_for_less_than_the_back_off_gets_the_back_off(
+    headers: dict[str, str], endpoint: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.4)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.4)
+    endpoint.plan = [fails(429, headers=headers), says("now")]
+    begin = time.monotonic()
+    assert ask(endpoint) == "now"
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
 def test_a_date_to_wait_for(endpoint: Served) -> None:
     endpoint.plan = [lambda handler, number: handler.send(429, b"", {"Retry-After": formatdate(time.time() + 2, usegmt=True)}), says("now")]
     begin = time.monotonic()

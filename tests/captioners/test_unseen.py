@@ -17,7 +17,7 @@ from texttok_cli.captioners.client import ChatClient
 from texttok_cli.captioners.language import LocalLanguageModel, RemoteLanguageModel
 from texttok_cli.captioners.pool import in_order
 from texttok_cli.captioners.prompts import load_prompt
-from texttok_cli.captioners.unseen import EXAMPLES, ROUNDS, AttributeWriter, CaptionBank, LanguageWriter, same, unseen_captions
+from texttok_cli.captioners.unseen import EXAMPLES, FRUITLESS, AttributeWriter, CaptionBank, LanguageWriter, same, unseen_captions
 from texttok_cli.errors import BackendError, DataError
 
 Draw = Callable[..., Path]
@@ -186,10 +186,24 @@ def test_what_waits_for_an_earlier_answer_is_not_lost(reason: BaseException) -> 
     assert seen == ["a", "b", "d", "e"]
 
 
-def test_a_class_stays_short_after_some_rounds(writer: Callable[..., LanguageWriter], endpoint: Served) -> None:
+def test_a_class_stays_short_after_some_fruitless_requests(writer: Callable[..., LanguageWriter], endpoint: Served) -> None:
     endpoint.plan = [fails(500), says("a red tulip\na blue tulip")]
     assert writer(["a red tulip"], []).write("flower/tulip", 3, []) == ["a blue tulip"]
-    assert len(endpoint.requests) == ROUNDS
+    assert len(endpoint.requests) == FRUITLESS + 1
+
+
+def test_many_captions_take_several_requests_each_of_few_tokens(writer: Callable[..., LanguageWriter], endpoint: Served) -> None:
+    """As of an endpoint that writes up to 4,096 tokens, and of every ten captions gives nine."""
+
+    def answer(handler: Handler, number: int) -> None:
+        fits = endpoint.requests[number]["body"]["max_tokens"] <= 4096
+        texts = "\n".join(f"tulip {number} {i}" for i in range(9))
+        (says(texts) if fits else fails(400))(handler, number)
+
+    endpoint.plan = [answer]
+    assert len(writer(["x"], []).write("flower/tulip", 50, [])) == 50
+    assert [request["body"]["max_tokens"] for request in endpoint.requests] == [3000] * 5 + [1500]
+    assert "Write 5 new captions" in endpoint.requests[-1]["body"]["messages"][0]["content"]
 
 
 def test_a_local_language_model_writes_too(tmp_path: Path) -> None:

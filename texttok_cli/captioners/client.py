@@ -30,11 +30,11 @@ DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d*)?)s)?(?:(\d+(
 
 
 class _TryAgain(Exception):
-    """A failure that may pass; `wait` are the seconds the endpoint asked for, `unreachable` whether nobody answered."""
+    """A failure that may pass; `unreachable` is whether nobody answered."""
 
-    def __init__(self, reason: str, *, wait: float | None = None, unreachable: bool = False) -> None:
+    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
         super().__init__(reason)
-        self.wait, self.unreachable = wait, unreachable
+        self.unreachable = unreachable
 
 
 class ChatClient:
@@ -59,8 +59,8 @@ class ChatClient:
             except _TryAgain as err:
                 if attempt == self.retries:
                     raise self._given_up(err) from None
-                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1)
-                time.sleep(pause if err.wait is None else 0)  # what the endpoint asked for holds for all, see _wait
+                # Also if the endpoint asked for less, as Retry-After: 0 does; what is left of more, _wait waits.
+                time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
 
     def _given_up(self, err: _TryAgain) -> Exception:
@@ -109,9 +109,8 @@ class ChatClient:
             return BackendError(f"{self.url}: {why} ({what}); the key is read from {KEY_VARIABLE}")
         if err.code not in RETRIED:
             return CaptionFailed(what)
-        asked = _seconds_asked(err.headers)
-        self._hold_back(asked)
-        return _TryAgain(what, wait=asked)
+        self._hold_back(_seconds_asked(err.headers))
+        return _TryAgain(what)
 
     def _hold_back(self, seconds: float | None) -> None:
         """Nobody sends anything for so long. BackendError, from the next to send, if that is longer than a run should sleep."""

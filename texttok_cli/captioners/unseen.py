@@ -20,7 +20,8 @@ from texttok_cli.errors import DataError
 
 MOST_DRAWS = 20_000  # a class: what has not come up by then is rarer than 1 in some thousand of its images
 EXAMPLES = 12  # training captions that a language model reads
-ROUNDS = 4  # requests to a language model for one class
+MOST_ASKED = 10  # captions in one request to a language model: many endpoints refuse to write more than some 4,000 tokens
+FRUITLESS = 4  # requests for one class that may bring nothing new
 NUMBERING = re.compile(r"\s*(?:[-*•]|\d+[.):])\s*")
 
 
@@ -114,17 +115,19 @@ class LanguageWriter:
         self.failure: str | None = None
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
-        """Asks up to ROUNDS times. A round that fails counts as one."""
+        """Asks until there are enough, or FRUITLESS requests have failed or brought nothing new."""
         taken = {same(caption) for caption in there}
         found: list[str] = []
-        for turn in range(ROUNDS):
+        turn = fruitless = 0
+        while len(found) < number and fruitless < FRUITLESS:
+            before = len(found)
             rng = random.Random(f"{self.seed} {class_name} {len(there)} {turn}")
-            for caption in self._round(class_name, number - len(found), rng):
+            for caption in self._round(class_name, min(number - before, MOST_ASKED), rng):
                 if len(found) < number and same(caption) not in taken and not self.bank.has(caption):
                     taken.add(same(caption))
                     found.append(caption)
-            if len(found) == number:
-                break
+            turn += 1
+            fruitless += len(found) == before
         return found
 
     def _round(self, class_name: str, number: int, rng: random.Random) -> list[str]:

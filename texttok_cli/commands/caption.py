@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from texttok_cli.commands.caption_backends import CaptionerName, Settings, WriterName
+from texttok_cli.commands.eval_checks import given_options
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption
 from texttok_cli.errors import DataError
 
@@ -22,6 +23,7 @@ OUT, UNSEEN_OUT = Path("captions.jsonl"), Path("unseen.captions.jsonl")
 
 
 def caption(
+    context: typer.Context,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), - for a list on stdin."),
@@ -112,7 +114,7 @@ def caption(
 
     if not inputs:
         raise DataError("no images: name files, folders, manifests or shards")
-    settings.check(unseen=unseen_per_class is not None)
+    settings.check(given_options(context).values(), unseen=unseen_per_class is not None)
     out = out or (OUT if unseen_per_class is None else UNSEEN_OUT)
     if drop_cut_line(out) and not quiet:  # before the inputs are read: OUT may be the captions.jsonl of a folder among them
         say(f"{out}: its last line had been cut off and was dropped; it is written again")

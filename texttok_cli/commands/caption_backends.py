@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 CaptionerName = Literal["classifier", "class-text", "class-measured", "sidecar", "vlm", "coca", "endpoint"]
 WriterName = Literal["attributes", "lm", "endpoint"]
+USERS = {  # of each option that not all captioners and writers heed: those that do
+    "--model": ("vlm", "coca", "endpoint", "lm"),
+    "--endpoint": ("endpoint",),
+    "--concurrency": ("endpoint",),
+    "--timeout": ("endpoint",),
+    "--retries": ("endpoint",),
+    "--weights": ("coca",),
+    "--template": ("class-text", "class-measured"),
+    "--max-tokens": ("vlm", "endpoint", "lm"),
+    "--device-map": ("vlm",),
+    "--precision": ("vlm", "lm"),
+}
 TOKENS_PER_WORD = 4  # generous in any language: whole captions are wanted, the limit of words is kept afterwards
 
 
@@ -39,19 +52,12 @@ class Settings:
     precision: str
     offline: bool
 
-    def check(self, *, unseen: bool) -> None:
-        """DataError for an option that the chosen backend has no use for, and for one that it lacks."""
+    def check(self, given: Collection[str], *, unseen: bool) -> None:
+        """DataError for an option among the `given` that the chosen backend has no use for, and for one that it lacks."""
         chosen = self.writer if unseen else self.captioner
         option = "--writer" if unseen else "--captioner"
-        for name, value, users in (
-            ("--model", self.model, ("vlm", "coca", "endpoint", "lm")),
-            ("--endpoint", self.endpoint, ("endpoint",)),
-            ("--weights", self.weights, ("coca",)),
-            ("--template", self.template, ("class-text", "class-measured")),
-            ("--max-tokens", self.max_tokens, ("vlm", "endpoint", "lm")),
-            ("--device-map", self.device_map, ("vlm",)),
-        ):
-            if value is not None and chosen not in users:
+        for name, users in USERS.items():
+            if name in given and chosen not in users:
                 raise DataError(f"{name} is not for {option} {chosen}, but for {' and '.join(users)}")
         if self.model is None and chosen in ("vlm", "endpoint", "lm"):
             raise DataError(f"{option} {chosen} needs --model")
