@@ -204,10 +204,16 @@ def test_a_folder_against_an_npz_goes_by_number(texttok: Run, draw: Draw, tmp_pa
     assert numbers(texttok(*options, "--samples", tmp_path / "originals.npz", "--ref", tmp_path / "samples")) == {"ssim": 1.0}
 
 
+MADE_BY = {
+    "sampler": "ddim", "steps": 50, "cfg": "1.5", "labels": None, "generator_sha256": "e" * 64, "tokenizer_sha256": "f" * 64,
+    "captions_sha256": None, "guide_sha256": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_samples_of_texttok_sample_say_how_they_were_made(kind: str, texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
     """The run's folder, or its images alone: the same number, and a card that nobody had to write."""
-    made_by = {"sampler": "ddim", "steps": 50, "cfg": "1.5", "labels": "proportional", "generator": "dit", "generator_sha256": "e" * 64}
+    made_by = MADE_BY | {"labels": "proportional"}
     run = SampleFolder(tmp_path / "run", 6, {"format": kind, "images": 6, "precision": "fp32", **made_by})
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     run.add(range(4), images[:4])
@@ -230,10 +236,7 @@ def test_samples_of_texttok_sample_say_how_they_were_made(kind: str, texttok: Ru
 
 def run_of(folder: Path, classes: list[int], **changes: object) -> Path:
     """What `texttok sample --class ...` leaves, of random images."""
-    settings = {
-        "format": "png", "images": len(classes), "precision": "fp32", "sampler": "ddim", "steps": 50, "cfg": "1.5", "labels": None,
-        "generator_sha256": "e" * 64,
-    } | changes  # fmt: skip
+    settings = {"format": "png", "images": len(classes), "precision": "fp32", **MADE_BY, **changes}
     run = SampleFolder(folder, len(classes), settings)
     size = (len(classes), 3, 32, 32)
     run.add(range(len(classes)), torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
@@ -281,13 +284,53 @@ def test_listed_classes_are_not_called_equally_many(texttok: Run, samples: Path,
 
 
 def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
-    run = SampleFolder(tmp_path / "run", 2, {"format": "png", "images": 2, "precision": "fp32", "sampler": "ddim", "steps": 50,
-                                             "cfg": "1.5", "labels": None, "generator_sha256": "e" * 64})  # fmt: skip
+    run = SampleFolder(tmp_path / "run", 2, {"format": "png", "images": 2, "precision": "fp32", **MADE_BY})
     run.add(range(2), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     run.record(lambda i: {"seed": i, "caption": f"number {i}"})
     run.finish(labels=None, columns=2)
     outcome = texttok("eval", "--metric", "gfid", "--ref", samples, "--json", "--samples", tmp_path / "run")
     assert json.loads(outcome.out)["results"][0]["card"]["labels"].startswith("as listed: 2 prompts, 1 of each (")
+
+
+def test_cards_tell_apart_what_made_the_samples(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    changes = ({}, {"guide_sha256": "1" * 64}, {"tokenizer_sha256": "2" * 64}, {"captions_sha256": "3" * 64})
+    cards = []
+    for number, change in enumerate(changes):
+        run = run_of(tmp_path / f"{number}" / "run", [0, 1, 2, 3], **change)
+        outcome = texttok("eval", "--metric", "gfid", "--ref", samples, "--json", "--samples", run)
+        cards.append(json.loads(outcome.out)["results"][0]["card"])
+    names = ("guide_sha256", "tokenizer_sha256", "unseen_captions_sha256")
+    assert [cards[0][name] for name in names] == [None, "f" * 64, None]
+    assert [cards[i][name] for i, name in enumerate(names, 1)] == ["1" * 64, "2" * 64, "3" * 64]
+
+
+class FakeClip:
+    """Says of a pair how bright the image is, over the length of its caption."""
+
+    name, sha256, truncated = "fake", "0" * 64, 0
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def cosines(self, images: torch.Tensor, captions: list[str], *, prefixes: tuple[str, ...]) -> torch.Tensor:
+        return torch.tensor(
+            [[image.float().mean() / 255 / len(text)] * len(prefixes) for image, text in zip(images, captions, strict=True)]
+        )
+
+
+def test_clip_reads_the_captions_of_a_run_in_an_npz(texttok: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does those of the same run in PNG files."""
+    monkeypatch.setattr("texttok_cli.metrics.clip.ClipScorer", FakeClip)
+    outcomes = []
+    for kind in ("png", "npz"):
+        run = SampleFolder(tmp_path / kind / "run", 12, {"format": kind, "images": 12, "precision": "fp32", **MADE_BY})
+        run.add(range(12), torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+        run.record(lambda i: {"seed": i, "caption": "a" * (i + 1)})
+        run.finish(labels=None, columns=4)
+        outcomes.append(texttok("eval", "--metric", "clip-score", "--samples", run.path, "--json"))
+    assert outcomes[0].code == outcomes[1].code == 0, outcomes[1].err
+    assert outcomes[0].out == outcomes[1].out
+    without = run_of(tmp_path / "without", [0, 1], format="npz")
+    assert "give --captions" in texttok("eval", "--metric", "clip-score", "--samples", without).err
 
 
 def test_inception_scores_of_blocks_of_one_class_are_warned_of(texttok: Run, fake: None, tmp_path: Path) -> None:

@@ -202,6 +202,19 @@ def test_another_run_does_not_mix_in(change: tuple[str, ...], message: str, by_c
     assert np.array_equal(pixels(tmp_path / "out"), before)
 
 
+def test_another_kind_of_device_does_not_mix_in(by_class: Run, tmp_path: Path) -> None:
+    """It draws other noise; a folder that does not say where its images were made goes on."""
+    args, file = ("--class", "rose", "-n", "2", "-o", tmp_path / "out"), tmp_path / "out" / "settings.json"
+    assert by_class(*args).code == 0
+    settings = json.loads(file.read_text())
+    assert settings.pop("device") == "cpu"
+    file.write_text(json.dumps({**settings, "device": "cuda"}))
+    assert "holds samples with device cuda, not cpu; choose another -o OUT" in one_line(by_class(*args).err)
+    file.write_text(json.dumps(settings))
+    (tmp_path / "out" / "images" / "000001.png").unlink()
+    assert by_class(*args).code == 0 and len(pixels(tmp_path / "out")) == 2
+
+
 def test_leaked_captions_are_reported(by_class: Run, tmp_path: Path) -> None:
     run = by_class("--class", "rose", "-n", "8", "--json", "-o", tmp_path / "out")
     leaked = [row for row in lines(tmp_path / "out") if row.get("leaked")]
@@ -244,6 +257,7 @@ def test_processes_share_the_work(generators: Path, tmp_path: Path, by_class: Ru
         (["--class", "rose", "--sampler", "heun"], "sampler 'heun' is none of those of a ddpm model: ddpm, ddim, dpm++2m"),
         (["--class", "rose", "--tokenizer", "plain"], "makes the latents of tokenizer text"),
         (["--class", "rose", "--prompt", "a"], "--class and --prompt(s) exclude each other"),
+        (["--class", "rose", "--guide", "none", "--cfg", "1.0"], "--guide none: would not be used, as --cfg 1.0 is no guidance"),
         ([], "nothing to sample: give --class, --prompt or --prompts, or --labels"),
         (["--prompts", "none.txt"], "none.txt: no such file"),
         (["--class", "rose", "--captions", "none.jsonl"], "none.jsonl: no such file"),

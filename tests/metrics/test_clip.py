@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer
+from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer, _as_trained
 from texttok_cli.metrics.evaluator import Batch, Evaluator
 
 open_clip = pytest.importorskip("open_clip")
@@ -44,9 +44,9 @@ def images() -> torch.Tensor:
 
 
 @torch.no_grad()
-def formula(weights: Path, prefix: str) -> torch.Tensor:
+def formula(weights: Path, prefix: str, **how: Any) -> torch.Tensor:
     """cos(E_image(x), E_text(t)) with open_clip's own model, preprocessing and tokens."""
-    model, _, prepare = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
+    model, _, prepare = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights), **how)
     model.eval()
     x = torch.stack([prepare(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images()])
     text = model.encode_text(open_clip.get_tokenizer("tiny-clip")([prefix + caption for caption in CAPTIONS]))
@@ -104,6 +104,44 @@ def test_padding_is_what_the_tokenizer_calls_so(tokenizer: Words, words: int, sc
     monkeypatch.setattr(scorer, "tokenize", tokenizer)
     cut = [scorer._overflows(" ".join(["dog"] * n)) for n in range(1, 9)]
     assert cut == [n > words for n in range(1, 9)]
+
+
+GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def test_weights_of_a_tag_get_the_network_and_images_they_were_trained_with(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = {"plain": {}, "quick": {"quick_gelu": True}, "grey": GREY}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", {tag: {"url": tag, **config} for tag, config in tags.items()})
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda config: str(weights))
+    for name in ("HF_HUB_OFFLINE", "TEXTTOK_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    grey = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    wanted = {
+        "plain": formula(weights, ""),
+        "quick": formula(weights, "", force_quick_gelu=True),
+        "grey": formula(weights, "", **grey),
+    }
+    for tag, cosines in wanted.items():
+        assert torch.allclose(ClipScorer("tiny-clip", tag).cosines(images(), CAPTIONS)[:, 0], cosines, atol=1e-6), tag
+        assert all(other is cosines or not torch.allclose(other, cosines, atol=1e-4) for other in wanted.values())
+
+
+def test_a_local_file_gets_what_all_tags_of_its_model_want(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = {"a": GREY, "b": {**GREY, "quick_gelu": True}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", tags)
+    cosines = ClipScorer("tiny-clip", str(weights), offline=True).cosines(images(), CAPTIONS)[:, 0]
+    assert torch.allclose(cosines, formula(weights, "", image_mean=(0.5,) * 3, image_std=(0.5,) * 3), atol=1e-6)
+    monkeypatch.setitem(tags, "c", {"mean": (0.0, 0.0, 0.0)})
+    with pytest.raises(BackendError, match=r"tiny.pt: weights of tiny-clip differ in how they take images.* give a tag \(a, b, c\)"):
+        ClipScorer("tiny-clip", str(weights), offline=True)
+
+
+def test_quick_gelu_is_that_of_the_published_weights(weights: Path) -> None:
+    for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-B-32-quickgelu"):
+        assert _as_trained(name, "openai")["force_quick_gelu"], name
+    for name, of in (("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-B-32", str(weights)), ("ViT-B-16-SigLIP", "webli")):
+        assert not _as_trained(name, of)["force_quick_gelu"], name
+    assert _as_trained("RN50", str(weights))["force_quick_gelu"]  # as all that are published
 
 
 def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def test_a_report_comes_back(tmp_path: Path) -> None:
     assert load_report(tmp_path / "a.json").results[0].card.versions.keys() == {"texttok", "python", "torch", "numpy", "pillow"}
 
 
+def test_a_report_of_before_what_else_made_the_samples_was_recorded(tmp_path: Path) -> None:
+    save_report(tmp_path / "a.json", report())
+    written = json.loads((tmp_path / "a.json").read_text())
+    for name in ("guide_sha256", "tokenizer_sha256", "unseen_captions_sha256"):
+        assert written["results"][0]["card"].pop(name) is None
+    (tmp_path / "a.json").write_text(json.dumps(written))
+    assert load_report(tmp_path / "a.json") == report()
+
+
 def test_small_sets_are_warned_of() -> None:
     assert report(enough=188).results[0].warnings == []
     assert report(enough=189).results[0].warnings == ["188 samples and 188 references: too few"]

@@ -19,11 +19,12 @@ LABELS = {"equal": "equally many a class", "proportional": "in proportion to the
 
 @dataclass(frozen=True)
 class SampleRun:
-    """Where the samples are, what the card says of them, and of a class model the class of each."""
+    """Where the samples are, what the card says of them, of a class model the class of each, and each one's caption if all have one."""
 
     samples: str
     card: Mapping[str, Any] = field(default_factory=dict)
     classes: Sequence[int] | None = None
+    captions: Sequence[str] | None = None
 
 
 def sample_run(samples: str) -> SampleRun:
@@ -43,21 +44,30 @@ def sample_run(samples: str) -> SampleRun:
         about = [json.loads(line) for line in lines]
         seeds = [one["seed"] for one in about]
         classes = [one["class_id"] for one in about if "class_id" in one]
+        captions = [one["caption"] for one in about if "caption" in one]
         card = {
             "model_sha256": settings["generator_sha256"],
+            "tokenizer_sha256": settings["tokenizer_sha256"],
+            "unseen_captions_sha256": settings["captions_sha256"],
             "precision": settings["precision"],
-            "labels": LABELS.get(settings["labels"]) or _as_listed(classes, [one["caption"] for one in about if "caption" in one]),
+            "labels": LABELS.get(settings["labels"]) or _as_listed(classes, captions),
             "seed": f"{min(seeds, default=None)} to {max(seeds, default=None)}",
             "sampler": settings["sampler"],
             "steps": str(settings["steps"]),
             "guidance": settings["cfg"],
+            "guide_sha256": settings["guide_sha256"],
         }
         n = settings["images"]
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(f"{folder}: {RUN_SETTINGS} or {RUN_LINES} is damaged ({type(err).__name__} {err})") from None
     if len(about) < n:
         raise DataError(f"{folder}: {len(about):,} of {n:,} samples are there; run the same `texttok sample` again")
-    return SampleRun(str(folder / places[0]) if inside is None else samples, card, classes if len(classes) == len(about) else None)
+    return SampleRun(
+        str(folder / places[0]) if inside is None else samples,
+        card,
+        classes if len(classes) == len(about) else None,
+        captions if len(captions) == len(about) else None,
+    )
 
 
 def _as_listed(classes: Sequence[int], prompts: Sequence[str]) -> str | None:

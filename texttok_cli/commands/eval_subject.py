@@ -184,7 +184,7 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     if run.samples.endswith(".npz"):
         found = NpzImages(Path(run.samples))
         classes = found.labels()
-        texts = _captions_of_npz(found, captions) if uses_clip(metrics) else None
+        texts = _captions_of_npz(found, captions, run.captions) if uses_clip(metrics) else None
     else:
         dataset = open_dataset([run.samples], captions=captions, caption_field=caption_field)
         if paired and ref is not None and ref.endswith(".npz"):
@@ -263,13 +263,15 @@ def _captions(dataset: Dataset) -> list[str]:
     return [item.caption or "" for item in dataset.items]
 
 
-def _captions_of_npz(samples: Images, captions: Path | None) -> list[str]:
-    """Of a captions.jsonl whose ids are positions, from 0."""
+def _captions_of_npz(samples: Images, captions: Path | None, own: Sequence[str] | None) -> Sequence[str]:
+    """Of a captions.jsonl whose ids are positions, from 0; else the run's `own`."""
     from texttok_cli.data import Dataset, Item
     from texttok_cli.data.listings import with_captions
 
     if captions is None:
-        raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
+        if own is None:
+            raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
+        return own
     return _captions(Dataset(with_captions([Item(position, str(captions)) for position in samples.ids], captions)))
 
 

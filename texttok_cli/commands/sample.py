@@ -76,11 +76,14 @@ def sample(
     """
     from texttok_cli.commands.sample_folder import SampleFolder
     from texttok_cli.console import emit, progress, say
+    from texttok_cli.diffusion import parse_cfg
     from texttok_cli.generation import bundled_generator, load_generator
     from texttok_cli.metrics.processes import Processes
 
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
+    if guide is not None and parse_cfg(cfg).scale == 1:
+        raise DataError(f"--guide {guide}: would not be used, as --cfg {cfg} is no guidance: give another --cfg, or leave out --guide")
     processes = Processes()
     generator = load_generator(
         model or bundled_generator("class" if texts is None else "text"),
@@ -95,7 +98,8 @@ def sample(
     how = generator.sampling(sampler, steps, cfg)
     made_by = _made_by(generator, how, labels)
     settings = {"format": format_, "images": len(requests), "seed": seed, "precision": precision, **made_by}
-    folder = SampleFolder(out, len(requests), {**settings, "classes_or_prompts": _digest(requests)})
+    where = generator.tokenizer.device.type  # the noise is drawn there, and other devices draw another
+    folder = SampleFolder(out, len(requests), {**settings, "device": where, "classes_or_prompts": _digest(requests)})
     already = len(requests) - len(folder.missing())
     first = processes.rank == 0
     try:

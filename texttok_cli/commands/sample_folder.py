@@ -101,6 +101,7 @@ class SampleFolder:
             found = None
         if not isinstance(found, dict):
             raise DataError(f"{self._settings_file}: damaged; choose another -o OUT")
+        found.setdefault("device", self.settings.get("device"))  # older folders do not say it
         for key in self.settings | found:
             ours, theirs = self.settings.get(key), found.get(key)
             if ours != theirs:

@@ -39,11 +39,9 @@ class ClipScorer:
 
         if name not in open_clip.list_models():
             raise BackendError(f"--clip {name}: open_clip has no such model")
-        path = _weights(name, weights, offline=offline)
+        path, as_trained = _weights(name, weights, offline=offline), _as_trained(name, weights)
         try:
-            self.model, _, self.prepare = open_clip.create_model_and_transforms(
-                name, pretrained=str(path), device=device, **_preprocessing(name, weights)
-            )
+            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **as_trained)
         except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
             raise BackendError(f"{path}: not weights of {name} ({type(err).__name__})") from err
         self.model.requires_grad_(False).eval()
@@ -75,15 +73,23 @@ class ClipScorer:
         return bool(taken[1].sum() > taken[0].sum())
 
 
-def _preprocessing(name: str, weights: str) -> dict[str, Any]:
-    """How the weights of a tag want their images, which open_clip forgets when it is given their file."""
-    if Path(weights).is_file():
-        return {}
-    from open_clip.pretrained import get_pretrained_cfg
+def _as_trained(name: str, weights: str) -> dict[str, Any]:
+    """What the weights of a tag want, which open_clip forgets when it is given their file; of a local file what all tags of the model want.
 
-    config = get_pretrained_cfg(name, weights)
+    BackendError if these differ in their images. If they differ in QuickGELU, the model's name decides: `-quickgelu` has it.
+    """
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(name) if Path(weights).is_file() else [weights]
+    configs = [get_pretrained_cfg(name, tag) for tag in tags]
     keys = {"mean": "image_mean", "std": "image_std", "interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
-    return {argument: config[key] for key, argument in keys.items() if config.get(key) is not None}
+    images = [{argument: config[key] for key, argument in keys.items() if config.get(key) is not None} for config in configs] or [{}]
+    if any(other != images[0] for other in images):
+        raise BackendError(
+            f"--clip-weights {weights}: weights of {name} differ in how they take images, and a file does not say how:"
+            f" give a tag ({', '.join(tags)})"
+        )
+    return {**images[0], "force_quick_gelu": bool(configs) and all(config.get("quick_gelu") for config in configs)}
 
 
 def _weights(name: str, weights: str, *, offline: bool) -> Path:

@@ -68,6 +68,9 @@ class Card(Config):
     sampler: str | None
     steps: str | None
     guidance: str | None
+    guide_sha256: str | None = None  # of the weaker generator that guided, if one did
+    tokenizer_sha256: str | None = None  # of the tokenizer whose detokenizer made the samples
+    unseen_captions_sha256: str | None = None  # of the list of captions that the detokenizer of a class model read
     precision: str | None  # of the model; the networks that measure compute in float32
     tokens: int | None = None  # that the model makes of an image
     channels: int | None = None  # numbers in each of them; None for a VQ model's
