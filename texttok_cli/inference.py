@@ -203,7 +203,8 @@ def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
             raise DataError(f"{item.id}: its class {item.class_name} is a WordNet id, no text; name the classes in a manifest's `class`")
         return CLASS_TEXT.format(item.class_name.rpartition("/")[2])
     if item.caption is None and item.in_shard and caption_field is not None:
-        raise DataError(f"{item.id}: its .json has no caption under {caption_field!r}; name another key with --caption-field")
+        where = f"{item.id}: its .json has no caption under {caption_field!r}"
+        raise DataError(f"{where}; name another key with --caption-field or data.caption_field")
     if item.caption is None:
         raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
     return item.caption

@@ -59,8 +59,7 @@ def processor() -> str:
     names = Path("/proc/cpuinfo")
     lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
     found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    extra = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    extra = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
     return ", ".join([found, torch.backends.cpu.get_cpu_capability(), *extra])
 
 
