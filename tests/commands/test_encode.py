@@ -277,6 +277,19 @@ def test_images_under_ids_that_the_folder_has_are_counted_and_so_are_those_of_ot
     assert quiet.err == "" and json.loads(quiet.out)["other_images"] == 3
 
 
+def test_the_tokens_of_another_picture_of_the_same_name_are_not_replaced_in_silence(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    for i in range(2):
+        draw(tmp_path / f"{i}" / "a.png", seed=i)
+    out = tmp_path / "tk"
+    assert "replaced" not in encode(tmp_path / "0" / "a.png", "--caption", "one", "-o", out).err
+    assert "replaced" not in encode(tmp_path / "0" / "a.png", "--caption", "another", "-o", out).err  # of the same picture
+    run = encode(tmp_path / "1" / "a.png", "--caption", "another", "-o", out, "--json")
+    assert json.loads(run.out)["replaced"] == 1
+    assert (
+        "replaced: the tokens of 1 other picture(s) that had the same file name, such as a.png; to keep both, choose another -o" in run.err
+    )
+
+
 @pytest.mark.parametrize("keep", [0, 0.5, None])
 def test_a_folder_with_a_damaged_or_missing_shard_is_repaired_by_the_same_command(
     keep: float | None, encode: Run, texttok: Run, draw: Draw, tmp_path: Path

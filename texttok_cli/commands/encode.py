@@ -22,9 +22,9 @@ from texttok_cli.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from texttok_cli.data import Dataset, Item
+    from texttok_cli.commands.encode_jobs import Files, Folder
+    from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
-    from texttok_cli.tokens import TokenDtype, Tokens
 
 Inputs = Annotated[
     list[str],
@@ -60,6 +60,7 @@ def encode(
     and caption by the same model, is skipped: run the command again after an interruption. The batch size changes no
     latent by more than 1e-4 (fp32).
     """
+    from texttok_cli.commands.encode_jobs import Files, Folder
     from texttok_cli.console import emit, progress, say
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import DataError
@@ -77,7 +78,7 @@ def encode(
     stored = tokenizer.token_dtype(dtype)
     if flips and not isinstance(target, Path):
         raise DataError("--flips is for a data set whose tokens go into a folder, not for image files")
-    job = _Folder(target, tokenizer, stored, flips, dataset) if isinstance(target, Path) else _Files(target, tokenizer, stored)
+    job = Folder(target, tokenizer, stored, flips, dataset) if isinstance(target, Path) else Files(target, tokenizer, stored)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     with progress(quiet=quiet) as bar:
         task = bar.add_task("encoding", total=len(dataset), note="")
@@ -156,18 +157,14 @@ def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, capti
     return texts_for(dataset.items, tokenizer.text_condition, caption_field=caption_field)
 
 
-def _say_what_to_know(job: _Files | _Folder, tokenizer: Tokenizer) -> None:
+def _say_what_to_know(job: Files | Folder, tokenizer: Tokenizer) -> None:
     from texttok_cli.console import say
 
     if job.cropped:
         say(f"not square, so the centre was taken: {job.cropped:,} of {job.encoded:,} images")
     if tokenizer.text is not None and tokenizer.text.truncated:
         say(f"longer than {tokenizer.text.max_tokens} text tokens, so the end was cut off: {tokenizer.text.truncated:,} captions")
-    if job.replaced:
-        say(
-            f"replaced in {job.out}: the tokens of {len(job.replaced):,} image(s) that had the same id but another picture, caption or"
-            f" class, such as {min(job.replaced)}; to keep both, encode all inputs in one run into a new folder"
-        )
+    job.say_replaced()
     if job.others:
         say(
             f"also in {job.out}: the tokens of {len(job.others):,} image(s) that are not among these inputs, such as {min(job.others)};"
@@ -175,7 +172,7 @@ def _say_what_to_know(job: _Files | _Folder, tokenizer: Tokenizer) -> None:
         )
 
 
-def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
+def _summary(job: Files | Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
     """What the command reports; the ratios are to the uncompressed pixels that were encoded (24 bits each).
 
     Tokens count with the bits they are stored in, codes with those that name one of K.
@@ -201,104 +198,3 @@ def _summary(job: _Files | _Folder, tokenizer: Tokenizer, readable: int, failed:
         if job.caption_bytes:
             summary["compression_with_captions"] = 8 * pixels * job.encoded / (job.token_bits + 8 * job.caption_bytes)
     return summary
-
-
-class _Job:
-    """What has been encoded, and where it goes; a context that keeps what is done when the run is cut off."""
-
-    def __init__(self) -> None:
-        self.encoded = self.mirrored = self.cropped = self.token_bytes = self.token_bits = self.caption_bytes = 0
-        self.replaced: set[str] = set()  # ids whose earlier tokens in the folder were of another picture, caption or class
-        self.others: set[str] = set()  # ids in the folder that are not among the inputs
-
-    def __enter__(self) -> _Job:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Nothing is open."""
-
-    def count(self, tokens: Tokens) -> None:
-        if all(tokens.header.flipped):
-            self.mirrored += len(tokens)  # of images that count already
-            return
-        self.encoded += len(tokens)
-        self.cropped += sum(width != height for width, height in tokens.header.original_sizes)
-        self.token_bytes += tokens.token_bytes
-        self.token_bits += tokens.token_bits
-        self.caption_bytes += tokens.caption_bytes
-
-
-class _Files(_Job):
-    """One token file an image."""
-
-    def __init__(self, files: list[Path], tokenizer: Tokenizer, dtype: TokenDtype) -> None:
-        super().__init__()
-        self.files, self.tokenizer, self.dtype = files, tokenizer, dtype
-        self.there: set[Path] = set()  # those of the files that are written or were before
-
-    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
-        from texttok_cli.errors import TokenFileError
-        from texttok_cli.tokens import load_token_header
-
-        if not self.files[index].exists():
-            return False
-        try:
-            header = load_token_header(self.files[index])
-        except TokenFileError:
-            return False  # damaged: written anew
-        recorded = (header.input_sha256, header.captions, header.model_sha256, header.dtype)
-        same = recorded == ([sha256], None if caption is None else [caption], self.tokenizer.info.sha256, self.dtype)
-        if same:
-            self.there.add(self.files[index])
-        return same
-
-    def add(self, indices: list[int], tokens: Tokens) -> None:
-        from texttok_cli.tokens import save_tokens, select
-
-        self.count(tokens)
-        for i, index in enumerate(indices):
-            save_tokens(self.files[index], select(tokens, [i]))
-            self.there.add(self.files[index])
-
-    @property
-    def out(self) -> list[str]:
-        return [str(file) for file in self.files if file in self.there]
-
-
-class _Folder(_Job):
-    """Shards and an index in one folder."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool, dataset: Dataset) -> None:
-        from texttok_cli.console import say
-        from texttok_cli.tokens import TokenFolder
-
-        super().__init__()
-        self.flips, self.dataset = flips, dataset
-        self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
-        dropped = self.folder.dropped
-        if dropped:
-            lost = sum(shard.images for shard in dropped)
-            say(
-                f"{folder}: {len(dropped):,} shard(s) missing or damaged, such as {dropped[0].file}; of the {lost:,} image(s) in there,"
-                " those among these inputs are encoded again, any others are lost"
-            )
-
-    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
-        copies = (False, True) if self.flips else (False,)
-        return all(self.folder.has(item.id, sha256, caption, item.class_name, flipped=flipped) for flipped in copies)
-
-    def add(self, indices: list[int], tokens: Tokens) -> None:
-        self.count(tokens)
-        self.folder.add(tokens)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.folder.finish()
-            self.replaced = self.folder.replaced
-            self.others = self.folder.ids - {item.id for item in self.dataset.items}
-        else:
-            self.folder.flush()
-
-    @property
-    def out(self) -> str:
-        return str(self.folder.path)
