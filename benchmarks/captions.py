@@ -11,6 +11,7 @@ import platform
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -20,12 +21,12 @@ from texttok_cli.captioners.attributes import Attributes, measure, parse
 from texttok_cli.captioners.base import CaptionFailed
 from texttok_cli.captioners.classifier import Classifier
 from texttok_cli.captioners.run import caption_dataset
-from texttok_cli.commands.caption_backends import Settings
+from texttok_cli.commands.caption_backends import CaptionerName, Settings
 from texttok_cli.data import Dataset, load_image
 from texttok_cli.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "captions.json"
-OFFLINE = ["classifier", "class-text", "class-measured", "sidecar"]
+OFFLINE: list[CaptionerName] = ["classifier", "class-text", "class-measured", "sidecar"]
 
 # Classes of photos128 that ImageNet has too, with the labels (torchvision's spelling) that count as right. Only the same thing under
 # another name, or its kinds (a crab is a Dungeness crab or ...), counts: a kangaroo is no wallaby, so it is not here.
@@ -99,7 +100,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="photos128-val")
-    parser.add_argument("--captioner", action="append", help="instead of the offline ones; repeatable")
+    parser.add_argument("--captioner", action="append", choices=get_args(CaptionerName), help="instead of the offline ones; repeatable")
     parser.add_argument("--model")
     parser.add_argument("--endpoint")
     parser.add_argument("--images", type=int, default=256, help="captions a captioner's speed is measured on")
@@ -156,30 +157,14 @@ def attribute_agreement(dataset: Dataset) -> dict[str, float]:
     return {"n": n, **{field: same[field] / n for field in ("main colour", *Attributes._fields)}}
 
 
-def speed(name: str, dataset: Dataset, args: argparse.Namespace) -> dict[str, float]:
+def speed(name: CaptionerName, dataset: Dataset, args: argparse.Namespace) -> dict[str, float]:
     """Captions a second, images read and decoded, after one batch to warm up."""
-    settings = Settings(
-        captioner=name,
-        writer="attributes",
-        model=args.model,
-        weights=None,
-        endpoint=args.endpoint,
-        concurrency=8,
-        timeout=60,
-        retries=5,
-        template=None,
-        max_words=75,
-        max_tokens=None,
-        device=args.device,
-        device_map=None,
-        precision="fp32",
-        offline=False,
-    )
+    settings = Settings(captioner=name, model=args.model, endpoint=args.endpoint, device=args.device)
     captioner = settings.load_captioner()
     indices = list(range(min(args.images, len(dataset))))
     list(caption_dataset(captioner, dataset, indices[: args.batch_size], batch_size=args.batch_size))
     begin = time.perf_counter()
-    outcomes = [outcome for part in caption_dataset(captioner, dataset, indices, batch_size=args.batch_size) for _, outcome in part]
+    outcomes = [outcome for part in caption_dataset(captioner, dataset, indices, batch_size=args.batch_size) for _, outcome, _ in part]
     seconds = time.perf_counter() - begin
     failed = sum(isinstance(outcome, CaptionFailed) for outcome in outcomes)
     return {"captions_per_second": (len(outcomes) - failed) / seconds, "n": len(outcomes), "failed": failed, "batch_size": args.batch_size}

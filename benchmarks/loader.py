@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from texttok_cli.bench.timing import Timer
@@ -34,7 +36,7 @@ def main() -> None:
         for _ in range(WARM_UP):
             work()
         # All batches as one run: workers hand over several at once, so the median of single ones is no rate.
-        rates[f"{workers} workers"] = BATCH * BATCHES / Timer().once(lambda work=work: [work() for _ in range(BATCHES)])
+        rates[f"{workers} workers"] = BATCH * BATCHES / Timer().once(partial(_repeat, work, BATCHES))
     result: dict[str, object] = {"images": len(dataset), "size": arguments.size, "loader_images_per_s": rates}
     if STEP_TIME.is_file():
         step = BATCH / json.loads(STEP_TIME.read_text())["seconds_a_step"]["baseline-32-128"]
@@ -42,6 +44,11 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from texttok_cli.bench.subjects import Where
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import bare_tokenizer_step
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.config.schema import TokenizerRecipe
 
 WARM_UP, STEPS = 3, 15
 
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     out = parser.parse_args().out
     where = Where(torch.device("cpu"), "bf16")
-    steps = {name: bare_tokenizer_step(load_recipe(f"tiny/{name}"), where) for name in ("texttok-32-128", "baseline-32-128")}
+    steps = {name: _step(f"tiny/{name}", where) for name in ("texttok-32-128", "baseline-32-128")}
     times = Timer(where.device, warm_up=WARM_UP, repeats=STEPS).in_turns(steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     result = {
@@ -43,6 +45,12 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _step(name: str, where: Where) -> Callable[[], object]:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, TokenizerRecipe)
+    return bare_tokenizer_step(recipe, where)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from texttok_cli.losses import Perceptual
 from texttok_cli.metrics.image import psnr
 
 MODELS = ("texttok-32-128", "baseline-32-128")
-NET = "stlpips-vgg"
+NET: Final = "stlpips-vgg"
 PERCEPTUAL_EVERY = 4
 
 

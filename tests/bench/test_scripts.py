@@ -1,14 +1,18 @@
 """Scripts of benchmarks/: what is there already is handed to `texttok train`, which compares recipes, and not skipped."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from texttok_cli import open_dataset
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -62,3 +66,23 @@ def test_table_4a_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["loader", "step_time"])
 def test_scripts_are_made_of_what_there_is(name: str) -> None:
     assert callable(load(name).main)
+
+
+def test_captions_of_some_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "TEXTTOK_DATA" not in os.environ:
+        pytest.skip("TEXTTOK_DATA does not name the folder that holds data/")
+    captions = load("captions")
+    photos = open_dataset([Path(os.environ["TEXTTOK_DATA"]) / "data" / "photos128-val-0000.tar"], caption_field="measured")
+    for index in islice((i for i, item in enumerate(photos.items) if item.class_name in captions.SHARED), 3):
+        item = photos.items[index]
+        file = tmp_path / "in" / str(item.class_name) / f"{item.id}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photos.read(index))
+        file.with_suffix(".txt").write_text(str(item.caption))
+    out = tmp_path / "captions.json"
+    options = ["--images", "3", "--batch-size", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["captions.py", str(tmp_path / "in"), *options])
+    captions.main()
+    result = json.loads(out.read_text())
+    assert result["classifier"]["n"] == 3 and set(result["captions_per_second"]) == set(captions.OFFLINE)
+    assert all(row["failed"] == 0 and row["n"] == 3 for row in result["captions_per_second"].values())

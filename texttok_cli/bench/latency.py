@@ -37,6 +37,7 @@ from texttok_cli.bench.task import Task, Work
 from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
 from texttok_cli.data import eval_batches, open_dataset
+from texttok_cli.data.loader import decoding_threads
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
@@ -160,7 +161,13 @@ def _load(task: Task) -> Iterator[Row]:
         for _ in eval_batches(dataset, image_size=SAMPLE_SIDE, batch_size=32, on_error=refuse):
             pass
 
-    row = Row(part="load", system="read in order", image_size=SAMPLE_SIDE, batch=len(dataset), note=f"{note}, two threads, with sha256")
+    row = Row(
+        part="load",
+        system="read in order",
+        image_size=SAMPLE_SIDE,
+        batch=len(dataset),
+        note=f"{note}, {decoding_threads()} threads, with sha256",
+    )
     yield task.timed(row, read)
     images = torch.cat([batch.images for batch in eval_batches(dataset, image_size=SAMPLE_SIDE, batch_size=32, on_error=refuse)])
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption
+from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption, given_options
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -203,9 +203,9 @@ def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: b
 
 def _refuse_unused(context: typer.Context) -> None:
     """DataError for options that --targets does not read: what it measures is fixed."""
-    given = [name for name in UNUSED_BY_TARGETS if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"]
+    given = [option for name, option in given_options(context).items() if name in UNUSED_BY_TARGETS]
     if given:
-        raise DataError(f"--targets measures fixed systems: leave out {', '.join('--' + name.replace('_', '-') for name in given)}")
+        raise DataError(f"--targets measures fixed systems: leave out {', '.join(given)}")
 
 
 def _print(table: Table) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from texttok_cli.commands.caption_backends import CaptionerName, Settings, WriterName
-from texttok_cli.commands.eval_checks import given_options
-from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption
+from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption, given_options
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from texttok_cli.captioners.store import CaptionLines
     from texttok_cli.data import Dataset, Item
@@ -31,50 +30,56 @@ def caption(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="OUT", help="captions.jsonl unless said, of unseen ones unseen.captions.jsonl; grows as captions come."
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Default captions.jsonl, or unseen.captions.jsonl with --unseen-per-class; written line by line.",
         ),
     ] = None,
     captioner: Annotated[
         CaptionerName,
         typer.Option(
-            help="classifier: ImageNet labels, colours, light. class-text, class-measured: the class; with colours, light. sidecar."
+            help="classifier: ImageNet labels plus measured colours and light. class-text: the class name. class-measured: class name plus"
+            " colours and light. sidecar: the text beside an image. vlm, coca, endpoint: a captioning model."
         ),
     ] = "classifier",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Of vlm and lm a hub name or folder, of endpoint and coca a model's name.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of coca: a file, or a tag of open_clip's.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="vlm, lm: hub name or folder. endpoint, coca: model name.")] = None,
+    weights: Annotated[str | None, typer.Option(help="coca: a file, or a tag of open_clip.")] = None,
     endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1; its key stands in TEXTTOK_API_KEY.")
+        str | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1; its key is read from TEXTTOK_API_KEY."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint at a time.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the endpoint at the same time.")] = 8,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of the endpoint.")] = 60,
     retries: Annotated[int, typer.Option(min=0, help="Times a request to the endpoint is repeated.")] = 5,
-    template: Annotated[str | None, typer.Option(help="Of class-text and class-measured: text with {} for the class.")] = None,
+    template: Annotated[str | None, typer.Option(help="class-text, class-measured: text with {} for the class.")] = None,
     max_words: Annotated[int, typer.Option(min=1, help="Longest caption (the paper: 75, and 25).")] = 75,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of vlm, endpoint and lm: most tokens of a caption, with what a model thinks first; 4 a word.")
+        int | None, typer.Option(min=1, help="vlm, endpoint, lm: limit of tokens per caption, reasoning included; default 4 per word.")
     ] = None,
-    device_map: Annotated[str | None, typer.Option(help="Of vlm: how accelerate spreads it over devices, as auto.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="vlm: how accelerate spreads it over devices, such as auto.")] = None,
     unseen_per_class: Annotated[
         int | None,
-        typer.Option(metavar="K", min=1, help="Not captions of the images, but K for each of their classes that none of them has."),
+        typer.Option(metavar="K", min=1, help="Instead of captioning the images, write K captions per class that none of them has."),
     ] = None,
     writer: Annotated[
-        WriterName, typer.Option(help="Of unseen captions: new combinations of measured attributes, or a language model, lm or endpoint.")
+        WriterName, typer.Option(help="Unseen captions: attributes combines measured words anew; lm and endpoint ask a language model.")
     ] = "attributes",
-    captions: Annotated[Path | None, typer.Option(help="Of the training images, for unseen ones: a captions.jsonl.")] = None,
+    captions: Annotated[Path | None, typer.Option(help="Unseen captions: a captions.jsonl of the training images.")] = None,
     caption_field: Annotated[
         str | None, typer.Option(help="Which key of a shard's .json is the text beside an image: measured, longest, ...")
     ] = None,
     avoid: Annotated[
-        list[str] | None, typer.Option(metavar="INPUT", help="Unseen: evaluation images, or their captions.jsonl; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT", help="Unseen captions: evaluation images or their captions.jsonl, whose captions are left out; repeatable."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Unseen: of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Unseen captions: random seed.")] = 0,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print the prompt, its version and hash, and stop.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images a batch of a local captioner.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per batch of a local captioner.")] = 16,
     offline: OfflineOption = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
@@ -125,17 +130,10 @@ def caption(
         evaluation = [text for name in avoid or [] for text in evaluation_captions(name, caption_field)]
         done = write_unseen(settings, training, evaluation, unseen_per_class, out, seed=seed, quiet=quiet, json=json)
     else:
-        _check_unused({"--writer": writer != "attributes", "--captions": captions, "--avoid": avoid})
         dataset = open_dataset(inputs, caption_field=caption_field)
         done = _caption_images(settings, dataset, out, batch_size=batch_size, quiet=quiet, json=json)
     if not done:
         raise typer.Exit(1)
-
-
-def _check_unused(options: Mapping[str, object]) -> None:
-    for name, value in options.items():
-        if value:
-            raise DataError(f"{name} is for --unseen-per-class")
 
 
 def _show_prompt(settings: Settings, *, unseen: bool, json: bool) -> None:

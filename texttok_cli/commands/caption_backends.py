@@ -29,31 +29,36 @@ USERS = {  # of each option that not all captioners and writers heed: those that
     "--device-map": ("vlm",),
     "--precision": ("vlm", "lm"),
 }
+FOR_IMAGES = ("--captioner", "--batch-size")  # not beside --unseen-per-class
+FOR_UNSEEN = ("--writer", "--captions", "--avoid", "--seed")  # beside it alone
 TOKENS_PER_WORD = 4  # generous in any language: whole captions are wanted, the limit of words is kept afterwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a person asked for."""
+    """What a person asked for; the defaults are those of `texttok caption`."""
 
-    captioner: CaptionerName
-    writer: WriterName
-    model: str | None
-    weights: str | None
-    endpoint: str | None
-    concurrency: int
-    timeout: float
-    retries: int
-    template: str | None
-    max_words: int
-    max_tokens: int | None
-    device: str
-    device_map: str | None
-    precision: str
-    offline: bool
+    captioner: CaptionerName = "classifier"
+    writer: WriterName = "attributes"
+    model: str | None = None
+    weights: str | None = None
+    endpoint: str | None = None
+    concurrency: int = 8
+    timeout: float = 60
+    retries: int = 5
+    template: str | None = None
+    max_words: int = 75
+    max_tokens: int | None = None
+    device: str = "auto"
+    device_map: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    offline: bool = False
 
     def check(self, given: Collection[str], *, unseen: bool) -> None:
         """DataError for an option among the `given` that the chosen backend has no use for, and for one that it lacks."""
+        for name in FOR_IMAGES if unseen else FOR_UNSEEN:
+            if name in given:
+                raise DataError(f"{name} does not go with --unseen-per-class" if unseen else f"{name} is for --unseen-per-class")
         chosen = self.writer if unseen else self.captioner
         option = "--writer" if unseen else "--captioner"
         for name, users in USERS.items():

@@ -17,7 +17,6 @@ from texttok_cli.commands.eval_checks import (
     check_one_model,
     check_targets,
     check_used,
-    given_options,
 )
 from texttok_cli.commands.eval_gallery import pick_examples
 from texttok_cli.commands.eval_report import compare_reports, make_report, print_report, print_written, write_page
@@ -31,6 +30,7 @@ from texttok_cli.commands.options import (
     OutOption,
     PrecisionOption,
     QuietOption,
+    given_options,
 )
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, Protocol, ProtocolName

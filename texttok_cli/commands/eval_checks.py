@@ -6,18 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import typer
-
 from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
 
 COMPARES = {"compare", "html", "json", "quiet", "debug"}  # what --compare reads
-
-
-def given_options(context: typer.Context) -> dict[str, str]:
-    """The options that stand on the command line: argument of the command -> as a person writes it."""
-    sources = {parameter: context.get_parameter_source(str(parameter.name)) for parameter in context.command.params}
-    return {str(parameter.name): parameter.opts[0] for parameter, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def check_comparing(given: Mapping[str, str]) -> None:

@@ -15,4 +15,11 @@ BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help=
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Results as one JSON object on stdout.")]
+# In every command for its help alone: main reads it, as it must before a command is parsed.
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """The options that stand on the command line: argument of the command -> as a person writes it."""
+    sources = {parameter: context.get_parameter_source(str(parameter.name)) for parameter in context.command.params}
+    return {str(parameter.name): parameter.opts[0] for parameter, source in sources.items() if source and source.name == "COMMANDLINE"}

@@ -203,6 +203,11 @@ class EvalBatch:
     input_sha256: list[str]
 
 
+def decoding_threads() -> int:
+    """Threads that read and decode images: as many as there are processors, up to MAX_THREADS."""
+    return min(os.cpu_count() or 2, MAX_THREADS)
+
+
 def eval_batches(
     dataset: Dataset,
     *,
@@ -214,8 +219,8 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """One pass in order, over all items or those `indices`; unreadable images go to `on_error(id, reason)` and are left out.
 
-    `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on as
-    many threads as there are processors, up to MAX_THREADS, at most two batches ahead.
+    `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on
+    `decoding_threads()` threads, at most two batches ahead.
     """
 
     def load(index: int) -> tuple[int, Tensor, tuple[int, int], str] | DataError | None:
@@ -231,7 +236,7 @@ def eval_batches(
 
     todo = iter(range(len(dataset)) if indices is None else indices)
     ready: list[tuple[int, Tensor, tuple[int, int], str]] = []
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 2, MAX_THREADS))
+    pool = ThreadPoolExecutor(decoding_threads())
     try:
         pending = deque((i, pool.submit(load, i)) for i in islice(todo, 2 * batch_size))
         while pending:
