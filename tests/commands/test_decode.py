@@ -15,7 +15,8 @@ from texttok_cli.commands.decode import safe_parts
 from texttok_cli.errors import TokenFileError
 from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
 from texttok_cli.inference import load_tokenizer
-from texttok_cli.tokens import TokenFolder, TokenHeader, Tokens, load_tokens, save_tokens
+from texttok_cli.token_folder import TokenFolder
+from texttok_cli.tokens import TokenHeader, Tokens, load_tokens, save_tokens
 
 Run = Callable[..., Any]
 

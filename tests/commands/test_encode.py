@@ -17,7 +17,8 @@ from texttok_cli import inference
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.inference import Tokenizer, load_tokenizer
-from texttok_cli.tokens import concatenate, load_tokens, read_index, read_shards
+from texttok_cli.token_folder import read_index, read_shards
+from texttok_cli.tokens import concatenate, load_tokens
 
 Run = Callable[..., Any]
 Draw = Callable[..., Path]

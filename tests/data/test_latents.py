@@ -9,7 +9,8 @@ import torch
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import DataError, TokenFileError
-from texttok_cli.tokens import TokenFolder, TokenHeader, Tokens, read_index
+from texttok_cli.token_folder import TokenFolder, read_index
+from texttok_cli.tokens import TokenHeader, Tokens
 
 MODEL, OTHER = "ab" * 32, "cd" * 32
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from texttok_cli.data import open_dataset
 from texttok_cli.inference import encode_dataset, load_tokenizer, texts_for
-from texttok_cli.tokens import TokenFolder
+from texttok_cli.token_folder import TokenFolder
 
 TINY: dict = {
     "reproduces": "a test",

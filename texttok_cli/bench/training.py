@@ -35,7 +35,7 @@ from texttok_cli.losses import l2
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
-from texttok_cli.tokens import Statistics
+from texttok_cli.token_folder import Statistics
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask
 from texttok_cli.training.optim import build_optimizers

@@ -72,7 +72,8 @@ def decode(
 
 def _names(path: Path) -> list[str]:
     """Of all images of an input; no token is read."""
-    from texttok_cli.tokens import load_token_header, read_index
+    from texttok_cli.token_folder import read_index
+    from texttok_cli.tokens import load_token_header
 
     files = [path / shard.file for shard in read_index(path).shards] if path.is_dir() else [path]
     headers = map(load_token_header, files)
@@ -81,7 +82,8 @@ def _names(path: Path) -> list[str]:
 
 def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:
     """Every token file of the inputs, with the input it came from."""
-    from texttok_cli.tokens import load_tokens, read_shards
+    from texttok_cli.token_folder import read_shards
+    from texttok_cli.tokens import load_tokens
 
     for path in tokens:
         if path.is_dir():

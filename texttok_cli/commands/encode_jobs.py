@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from texttok_cli.console import say
 from texttok_cli.errors import TokenFileError
-from texttok_cli.tokens import TokenFolder, load_token_header, save_tokens, select
+from texttok_cli.token_folder import TokenFolder
+from texttok_cli.tokens import load_token_header, save_tokens, select
 
 if TYPE_CHECKING:
     from texttok_cli.data import Dataset, Item

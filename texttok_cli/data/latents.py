@@ -17,7 +17,7 @@ from torch import Tensor
 from texttok_cli.data.listings import read_captions
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import DataError
-from texttok_cli.tokens import Statistics, TokenIndex, read_index, read_shards
+from texttok_cli.token_folder import Statistics, TokenIndex, read_index, read_shards
 
 MAX_SHARE = 0.25  # of a GPU's free memory that latents may take; the rest is for the training
 

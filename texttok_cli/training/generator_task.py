@@ -17,7 +17,7 @@ from texttok_cli.data.latents import LatentBatch
 from texttok_cli.diffusion import build_process
 from texttok_cli.errors import RecipeError
 from texttok_cli.models.dit import DiT
-from texttok_cli.tokens import Statistics
+from texttok_cli.token_folder import Statistics
 from texttok_cli.training.conditioning import Conditioner
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
