@@ -20,7 +20,7 @@ from texttok_cli.bench.subjects import Where
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import bare_tokenizer_step
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.config.schema import TokenizerRecipe
+from texttok_cli.config.recipe import TokenizerRecipe
 
 WARM_UP, STEPS = 3, 15
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from texttok_cli.assets import ASSETS, Asset, TorchFile, _in_package
-from texttok_cli.config.schema import PerceptualLoss
+from texttok_cli.config.recipe import PerceptualLoss
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
 from texttok_cli.losses import LpipsNet, Perceptual, PerceptualNet, ResNetLogits, build_perceptual, l2

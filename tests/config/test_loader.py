@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from texttok_cli.config.loader import dump_recipe, load_recipe, merge, recipe_names
-from texttok_cli.config.schema import ClassEmbedding, GeneratorRecipe, NoCondition, TextCondition, TokenizerRecipe
+from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
+from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextCondition
 from texttok_cli.errors import RecipeError
 
 MINIMAL = "model: {}\ndata: {train: [x]}\nschedule: {steps: 1}\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from texttok_cli.config.loader import load_recipe, recipe_names
-from texttok_cli.config.schema import ClassEmbedding, GeneratorRecipe, Prompt, TextCondition, TokenizerRecipe
+from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
+from texttok_cli.config.schema import ClassEmbedding, Prompt, TextCondition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import lr_scale

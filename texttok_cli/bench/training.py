@@ -19,15 +19,8 @@ from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import DoesNotFit, Where, check_fits, rows_of, weights_bytes
 from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.loader import AnyRecipe, load_recipe
-from texttok_cli.config.schema import (
-    ClassLabels,
-    GeneratorConfig,
-    GeneratorRecipe,
-    TextCondition,
-    TokenizerConfig,
-    TokenizerRecipe,
-    Transformer,
-)
+from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig, TextCondition, TokenizerConfig, Transformer
 from texttok_cli.data import Batch, Dataset, TrainLoader, normalize
 from texttok_cli.data.latents import LatentLoader, LatentStore
 from texttok_cli.diffusion import build_process

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from texttok_cli.config.schema import GeneratorRecipe, Recipe, TokenizerRecipe
+from texttok_cli.config.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from texttok_cli.errors import RecipeError
 
 # A mapping that changes one of these is another thing: it replaces what it extends instead of being merged into it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import AdversarialLoss
+from texttok_cli.config.recipe import AdversarialLoss
 from texttok_cli.errors import RecipeError
 from texttok_cli.losses import LeCam, discriminator_loss, generator_loss, r1_penalty
 from texttok_cli.models.discriminator import Discriminator

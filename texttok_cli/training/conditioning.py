@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig, TokenizerRecipe
+from texttok_cli.config.recipe import TokenizerRecipe
+from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig
 from texttok_cli.data import Dataset
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.inference import texts_for

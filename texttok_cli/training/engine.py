@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from texttok_cli.config.schema import TrainConfig
+from texttok_cli.config.recipe import TrainConfig
 from texttok_cli.errors import BackendError, RecipeError
 from texttok_cli.training.sharding import whole
 

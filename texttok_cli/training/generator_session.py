@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from texttok_cli.checkpoint import ModelInfo, load_generator_file, load_tokenizer_file, read_tokenizer_info, save_generator
-from texttok_cli.config.schema import GeneratorRecipe, Prompt, TextCondition, TokenLatents
+from texttok_cli.config.recipe import GeneratorRecipe
+from texttok_cli.config.schema import Prompt, TextCondition, TokenLatents
 from texttok_cli.data import to_uint8
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
 from texttok_cli.diffusion import FITTING, parse_cfg, sample

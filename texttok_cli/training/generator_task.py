@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GeneratorRecipe, TokenLatents
+from texttok_cli.config.recipe import GeneratorRecipe
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig, TokenLatents
 from texttok_cli.data.latents import LatentBatch
 from texttok_cli.diffusion import build_process
 from texttok_cli.errors import RecipeError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from texttok_cli.config.schema import Recipe
+from texttok_cli.config.recipe import Recipe
 from texttok_cli.errors import BackendError, TrainingError
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from texttok_cli.config.schema import OptimizerConfig, ScheduleConfig
+from texttok_cli.config.recipe import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizers(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], cfg: OptimizerConfig) -> list[Optimizer]:

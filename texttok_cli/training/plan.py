@@ -6,7 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from texttok_cli.config.loader import AnyRecipe
-from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TokenizerConfig, TokenizerRecipe
+from texttok_cli.config.recipe import TokenizerRecipe
+from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok

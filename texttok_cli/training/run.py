@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
-from texttok_cli.config.schema import Recipe
+from texttok_cli.config.recipe import Recipe
 from texttok_cli.errors import CheckpointError, RecipeError, TrainingError
 from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
 from texttok_cli.training.sharding import split_like

@@ -9,7 +9,7 @@ import torch
 
 from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
 from texttok_cli.config.loader import AnyRecipe
-from texttok_cli.config.schema import GeneratorRecipe, TokenizerRecipe
+from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
 from texttok_cli.errors import BackendError, RecipeError, TrainingError
 from texttok_cli.inference import find_model

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from texttok_cli.checkpoint import save_tokenizer
-from texttok_cli.config.schema import TokenizerRecipe, VQBottleneck
+from texttok_cli.config.recipe import TokenizerRecipe
+from texttok_cli.config.schema import VQBottleneck
 from texttok_cli.data import Batch, normalize, to_uint8
 from texttok_cli.errors import DataError
 from texttok_cli.losses import adaptive_weight, l2
