@@ -182,7 +182,7 @@ def test_a_tokenizer_whose_detokenizer_was_trained_on_reads_the_same_latents(fol
     model, info = load_tokenizer_file(folder / "plain.safetensors")
     with torch.no_grad():
         model.to_pixels.bias.add_(0.1)
-    save_tokenizer(alone / "sharper.safetensors", model, training={}, latents_of=info.sha256)
+    save_tokenizer(alone / "sharper.safetensors", model, training={}, latents_of=[info.sha256])
     save_file({"weight": torch.zeros(1)}, alone / "another-program's.safetensors")
     generator = load_generator(alone / "g.safetensors", device="cpu")
     assert generator.tokenizer.info.name == "sharper"

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from texttok_cli.config.schema import ClassLabels, Config, GeneratorConfig, TokenizerConfig
@@ -17,11 +17,17 @@ from texttok_cli.errors import CheckpointError
 from texttok_cli.files import TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
+from texttok_cli.tokens import Sha256
 
 FORMAT = 1
 WEIGHTS = {"F32", "BF16", "F16"}
 STATISTICS = ("latent_mean", "latent_std")  # stay fp32
 CAPTIONS = "train_captions"
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    """Files of before there could be several have one or null."""
+    return [value] if isinstance(value, str) else value or []
 
 
 class ModelHeader(Config):
@@ -30,8 +36,8 @@ class ModelHeader(Config):
     texttok_model: int  # version of this format
     task: Literal["tokenizer"]
     model: TokenizerConfig
-    # sha256 of the model whose detokenizer alone was trained on into this one: latents of that one are this one's too.
-    latents_of: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    # sha256 of the models whose detokenizer alone was trained on into this one, the latest first: latents of theirs are this one's too.
+    latents_of: Annotated[list[Sha256], BeforeValidator(_listed)] = Field(default_factory=list)
     training: dict[str, Any] = Field(default_factory=dict)  # how it came about: recipe, steps, images seen, version
 
 
@@ -42,7 +48,7 @@ class GeneratorHeader(Config):
     task: Literal["generator"]
     model: GeneratorConfig
     tokenizer_name: str = Field(pattern=r"^[^/\\]{1,256}$")  # whose latents it makes
-    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokenizer_sha256: Sha256
     classes: list[str] | None = None  # by id
     class_counts: list[int] | None = None  # training images of each
     training: dict[str, Any] = Field(default_factory=dict)
@@ -76,8 +82,8 @@ class ModelInfo:
 
     @property
     def latents_made_by(self) -> tuple[str, ...]:
-        """sha256 of this model, and of the one whose latents are this one's too."""
-        return (self.sha256,) if self.header.latents_of is None else (self.sha256, self.header.latents_of)
+        """sha256 of this model, and of those whose latents are this one's too."""
+        return (self.sha256, *self.header.latents_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +97,10 @@ class GeneratorInfo:
 
 
 def save_tokenizer(
-    path: Path, model: TexTok, *, training: dict[str, Any], latents_of: str | None = None, dtype: torch.dtype = torch.float32
+    path: Path, model: TexTok, *, training: dict[str, Any], latents_of: Sequence[str] = (), dtype: torch.dtype = torch.float32
 ) -> None:
     """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically."""
-    header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=latents_of, training=training)
+    header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=list(latents_of), training=training)
     save_safetensors(path, _weights(model, dtype), header.model_dump(mode="json"))
 
 
@@ -148,15 +154,15 @@ def read_tokenizer_info(path: Path) -> ModelInfo:
 def find_tokenizer_file(paths: Sequence[Path], sha256: str) -> Path | None:
     """Of these files the tokenizer of this hash, or else one that reads the same latents (see ModelHeader); others may be anything."""
     return next((path for path in paths if sha256_file(path) == sha256), None) or next(
-        (path for path in paths if _latents_of(path) == sha256), None
+        (path for path in paths if sha256 in _latents_of(path)), None
     )
 
 
-def _latents_of(path: Path) -> str | None:
+def _latents_of(path: Path) -> list[str]:
     try:
         return read_tokenizer_info(path).header.latents_of
     except CheckpointError:
-        return None
+        return []
 
 
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
@@ -198,9 +204,9 @@ def _fill(model: nn.Module, path: Path, infos: Mapping[str, TensorInfo], *, extr
     """
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     expected = {**shapes, **extra}
-    found = {name: info.shape for name, info in infos.items() if info.dtype in WEIGHTS or name in extra}
+    found = {name: info.shape if info.dtype in WEIGHTS or name in extra else None for name, info in infos.items()}
     if expected != found:
-        wrong = sorted(name for name in expected.keys() | infos.keys() if expected.get(name) != found.get(name))
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CheckpointError(f"{path}: weights don't fit the header, {len(wrong)} tensors differ, first {wrong[0]}")
     _, tensors = load_safetensors(path, error=CheckpointError)
     model.load_state_dict({name: tensors[name].float() for name in shapes}, assign=True)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
-from texttok_cli.data.labels import find_class, spread_labels
+from texttok_cli.data.labels import class_text, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Guidance, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
-from texttok_cli.inference import CLASS_TEXT, Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
+from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
 from texttok_cli.text import EmbeddingCache, load_text_encoder
@@ -180,22 +180,19 @@ class Generator:
         return [Request(seed, text=prompt) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def _of_class(self, class_id: int, seed: int) -> Request:
-        text = self._detokenizer_text(self.class_name(class_id), seed)
-        return Request(seed, class_id, text, leaked=text is not None and caption_hash(text) in self._trained_on)
-
-    def _detokenizer_text(self, class_name: str, seed: int) -> str | None:
         """Sec. 3.2: only the class enters the generator; the detokenizer gets an unseen caption of that class."""
-        condition = self.tokenizer.text_condition
-        if condition is None:
-            return None
-        if condition.source == "class_text":
-            return CLASS_TEXT.format(class_name.rpartition("/")[2])
+        class_name, condition = self.class_name(class_id), self.tokenizer.text_condition
+        if condition is None or not self.tokenizer.detokenizer_reads_text:
+            return Request(seed, class_id)
+        if condition.source == "class_text":  # the same for all images of the class, in training too
+            return Request(seed, class_id, class_text(class_name))
         if self.captions is None:
             raise DataError(
                 f"{self.info.name}: its detokenizer reads a caption of the class, and there is no list of them beside its file"
-                f" ({self.info.name}{CAPTIONS_SUFFIX}): give one with --captions, made by `texttok caption --unseen-per-class`"
+                f" (FILE{CAPTIONS_SUFFIX} for FILE.safetensors): give one with --captions, made by `texttok caption --unseen-per-class`"
             )
-        return self.captions.draw(class_name, seed)
+        text = self.captions.draw(class_name, seed)
+        return Request(seed, class_id, text, leaked=caption_hash(text) in self._trained_on)
 
 
 def load_generator(
@@ -237,7 +234,7 @@ def load_generator(
         text = None
     elif text is None or text.config != condition.encoder:
         text = EmbeddingCache(load_text_encoder(condition.encoder, device=where, offline=offline))
-    if captions is not None and (text is not None or decoder.text_condition is None):
+    if captions is not None and (text is not None or not decoder.detokenizer_reads_text):
         raise DataError(f"{info.name}: its detokenizer reads no captions of classes: leave out --captions")
     beside = file.with_name(file.stem + CAPTIONS_SUFFIX)
     unseen = captions or (beside if beside.is_file() else None)

@@ -5,7 +5,6 @@ Letters: B batch, N latent tokens, d latent channels, S image size.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.labels import class_text
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
@@ -26,8 +26,6 @@ from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
 
-CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
-WORDNET_ID = re.compile(r"n\d{8}")  # ImageNet's folders
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "texttok-32-128"
 NO_CAPTION_HELP = (
@@ -82,15 +80,20 @@ class Tokenizer:
     def decode(self, z: Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
         """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU.
 
-        Raises DataError for latents of another shape and captions that don't match.
+        Raises DataError for latents of another shape or none, and captions that don't match.
         """
         expected = (self.cfg.num_tokens, self.cfg.latent_dim)
-        if z.shape[1:] != expected:
+        if not len(z) or z.shape[1:] != expected:
             raise DataError(f"{self.info.name}: latents are {tuple(z.shape)}, not (B, {expected[0]}, {expected[1]})")
         cond = self._condition(captions, len(z))
         with torch.inference_mode(), self._autocast():
-            images = self.model.decode(z.to(self.device), cond)
+            images = self.model.decode(z.to(self.device, torch.float32), cond)
         return to_uint8(images.float()).cpu()
+
+    @property
+    def detokenizer_reads_text(self) -> bool:
+        """Whether what is decoded depends on the captions (Table 4d has models whose tokenizer alone reads them)."""
+        return self.text_condition is not None and self.text_condition.where != "tokenizer"
 
     @property
     def num_codes(self) -> int | None:
@@ -199,9 +202,10 @@ def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str 
 
 def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
     if cond.source == "class_text" and item.class_name is not None:
-        if WORDNET_ID.fullmatch(item.class_name):
-            raise DataError(f"{item.id}: its class {item.class_name} is a WordNet id, no text; name the classes in a manifest's `class`")
-        return CLASS_TEXT.format(item.class_name.rpartition("/")[2])
+        try:
+            return class_text(item.class_name)
+        except DataError as err:
+            raise DataError(f"{item.id}: {err}") from None
     if item.caption is None and item.in_shard and caption_field is not None:
         where = f"{item.id}: its .json has no caption under {caption_field!r}"
         raise DataError(f"{where}; name another key with --caption-field or data.caption_field")

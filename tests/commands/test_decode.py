@@ -137,7 +137,7 @@ def test_a_model_with_the_same_latents_decodes(decode: Run, make: Callable[..., 
     model, info = load_tokenizer_file(models / "text.safetensors")
     with torch.no_grad():
         model.to_pixels.bias.add_(0.5)
-    save_tokenizer(tmp_path / "brighter.safetensors", model, training={}, latents_of=info.sha256)
+    save_tokenizer(tmp_path / "brighter.safetensors", model, training={}, latents_of=[info.sha256])
     images = []
     for name in ("text", tmp_path / "brighter.safetensors"):
         assert decode(tmp_path / "a.tok.safetensors", "--model", name, "-o", tmp_path / "a.png").code == 0

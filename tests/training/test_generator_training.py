@@ -20,6 +20,7 @@ from texttok_cli.config.loader import load_recipe
 from texttok_cli.data.latents import LatentBatch, LatentStore
 from texttok_cli.errors import DataError, RecipeError, TextTokError
 from texttok_cli.files import sha256_file
+from texttok_cli.models.condition import Condition
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask, with_dropped
 from texttok_cli.training.loop import Interrupted
@@ -182,6 +183,26 @@ def test_the_step_is_the_loss_of_the_process_on_standardised_latents(recipe_file
     expected = (task.model(bars.sqrt() * x0 + (1 - bars).sqrt() * noise, t.float(), ids) - noise).square().mean()
     values = task.step(LatentBatch(z, torch.arange(4)), 0)
     assert float(values["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("condition", [{"source": "class", "num_classes": 2, "dropout": 1.0}, {**TEXT, "dropout": 1.0}])
+def test_what_is_dropped_trains_the_null_condition_alone(
+    recipe_file: RecipeFile, tmp_path: Path, store: Path, condition: dict[str, Any]
+) -> None:
+    recipe = load_recipe(str(recipe_file(model={"condition": condition})))
+    latents = LatentStore.open([store], made_by=[sha256_file(Path(recipe.data.tokenizer))])
+    known: dict[str, Any] = {"class_ids": torch.tensor([0, 1, 1, 0])}
+    if condition["source"] == "text":
+        known = {"cond": Condition(torch.randn(4, 6, 16))}
+    task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda i: known, latents.statistics)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    task.step(LatentBatch(latents.z[:4].float(), torch.arange(4)), 0)
+    if condition["source"] == "text":
+        assert task.model.null_tokens.grad.abs().sum() > 0 and not task.model.project.proj.weight.grad.any()
+    else:
+        assert task.model.classes.weight.grad.abs().sum(dim=1).gt(0).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(

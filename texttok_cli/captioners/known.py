@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from texttok_cli.captioners.attributes import describe, measure
 from texttok_cli.captioners.base import CaptionFailed, Subject, Written
 from texttok_cli.captioners.prompts import Prompt
-from texttok_cli.inference import CLASS_TEXT
+from texttok_cli.data.labels import CLASS_TEXT, class_text
+from texttok_cli.errors import DataError
 
 
 class ClassText:
@@ -29,7 +30,10 @@ class ClassText:
     def _caption(self, subject: Subject) -> Written | CaptionFailed:
         if subject.class_name is None:
             return CaptionFailed("has no class")
-        text = self.template.replace("{}", subject.class_name.rpartition("/")[2])
+        try:
+            text = class_text(subject.class_name, self.template)
+        except DataError as err:
+            return CaptionFailed(str(err))
         return Written(describe(text, measure(subject.image)) if self.measured else text)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from texttok_cli.errors import DataError
+
+CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
+WORDNET_ID = re.compile(r"n\d{8}")  # ImageNet's folders
 
 
 def find_class(asked: str | int, names: Sequence[str] | None, num_classes: int) -> int:
@@ -39,6 +43,14 @@ def spread_labels(weights: Sequence[int], n: int) -> list[int]:
     for i in by_remainder[: n - sum(counts)]:
         counts[i] += 1
     return [i for _, i in sorted(((k + 0.5) / count, i) for i, count in enumerate(counts) for k in range(count))]
+
+
+def class_text(class_name: str, template: str = CLASS_TEXT) -> str:
+    """The last part of a class's name in a template with {}. DataError for a WordNet id or a number, which are no words."""
+    name = _bare(class_name)
+    if WORDNET_ID.fullmatch(name) or name.isdecimal():
+        raise DataError(f"class {class_name}: is an id, not a word; name the classes in a manifest's `class`")
+    return template.replace("{}", name)
 
 
 def _bare(name: str) -> str:

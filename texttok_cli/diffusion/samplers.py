@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from texttok_cli.diffusion.process import Denoised, Process, Schedule
+from texttok_cli.diffusion.process import DDPMProcess, Denoised, Process, Schedule
+from texttok_cli.errors import RecipeError
 
 Denoiser = Callable[[Tensor, int], Denoised]  # x_t and i
 
@@ -89,7 +90,14 @@ def schedule_for(sampler: str, process: Process, steps: int) -> Schedule:
     DPM-Solver++ leaves out the first timestep, as diffusers' default spacing does: half of lambda's range lies between it and its
     neighbour, and an extrapolation so far ahead costs more than all other steps together.
     """
-    return process.schedule(steps + 1).without_last() if sampler == "dpm++2m" else process.schedule(steps)
+    schedule = process.schedule(steps)
+    if sampler != "dpm++2m":
+        return schedule
+    assert isinstance(process, DDPMProcess)
+    timesteps = len(process.alpha_bars)
+    if steps == timesteps:
+        raise RecipeError(f"steps {steps}: dpm++2m leaves out the first of the process's {timesteps} timesteps, so at most {timesteps - 1}")
+    return process.schedule(steps + 1).without_last()
 
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver, "euler": ddim, "heun": heun}

@@ -145,8 +145,9 @@ def history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
 
 
 def spread(n: int, limit: int) -> Sequence[int]:
-    """At most `limit` of n indices, evenly spread: a data set may be sorted."""
-    return range(0, n, -(-n // limit))
+    """`limit` of n indices, all if there are no more, evenly spread: a data set may be sorted."""
+    count = min(n, limit)
+    return [i * n // count for i in range(count)]
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

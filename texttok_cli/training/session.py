@@ -97,10 +97,10 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)
     if engine.is_main:
-        latents_of = None
+        latents_of: list[str] = []
         if start is not None and recipe.training.detokenizer_only:
             _check_frozen(task.model, start[0], start[1].name)
-            latents_of = start[1].header.latents_of or start[1].sha256
+            latents_of = list(start[1].latents_made_by)
         else:
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
         task.export(run.model_path, history(recipe, None if start is None else start[1].sha256), latents_of)

@@ -208,7 +208,7 @@ class TokenizerTask:
         if self.adversary is not None:
             self.adversary.load_state(tensors)
 
-    def export(self, path: Path, training: dict[str, Any], latents_of: str | None) -> None:
+    def export(self, path: Path, training: dict[str, Any], latents_of: Sequence[str]) -> None:
         """Write the EMA weights as a model file."""
         dtype = torch.bfloat16 if self.recipe.training.weights == "bf16" else torch.float32
         save_tokenizer(path, self.ema_model, training=training, latents_of=latents_of, dtype=dtype)
