@@ -49,7 +49,7 @@ def damaged(models: Path, tmp_path: Path, change: Any) -> Path:
 
 
 CHANGES = {
-    "task": (lambda h, t: h.update(task="generator"), "is a generator where a tokenizer is wanted"),
+    "task": (lambda h, t: h.update(task="generator"), "is a generator, but a tokenizer is needed"),
     "newer": (lambda h, t: h.update(texttok_model=2), "texttok_model is 2, this texttok reads 1; update texttok"),
     "no model": (lambda h, t: h.pop("texttok_model"), "another kind of file (no 'texttok_model' in its header)"),
     "unknown key": (lambda h, t: h["model"].update(num_token=4), "header.model.num_token: Extra inputs are not permitted"),
@@ -127,13 +127,13 @@ def test_caption_hash_is_the_beginning_of_the_sha256() -> None:
 
 
 GENERATOR_CHANGES = {
-    "task": (lambda h, t: h.update(task="tokenizer"), "is a tokenizer where a generator is wanted"),
+    "task": (lambda h, t: h.update(task="tokenizer"), "is a tokenizer, but a generator is needed"),
     "tokenizer": (lambda h, t: h.update(tokenizer_sha256="x"), "header.tokenizer_sha256"),
     "a tokenizer by path": (lambda h, t: h.update(tokenizer_name="../x"), "header.tokenizer_name"),
     "classes": (lambda h, t: h["classes"].pop(), "classes has 3 entries, the model 4 classes"),
     "counts": (lambda h, t: h["class_counts"].append(1), "class_counts has 5 entries, the model 4 classes"),
     "no hashes": (lambda h, t: t.pop("train_captions"), "its train_captions are missing"),
-    "other hashes": (lambda h, t: t.update(train_captions=torch.zeros(3)), "its train_captions are missing or no list"),
+    "other hashes": (lambda h, t: t.update(train_captions=torch.zeros(3)), "its train_captions are missing or not a list"),
     "a tensor too few": (lambda h, t: t.pop("time.mlp.0.weight"), "1 tensors differ, first time.mlp.0.weight"),
     "a tensor too many": (lambda h, t: t.update(extra=torch.zeros(1)), "1 tensors differ, first extra"),
 }
@@ -152,7 +152,7 @@ def test_a_wrong_generator_file_is_refused_in_one_line(case: str, generator: Pat
 
 
 def test_a_tokenizer_is_no_generator_and_the_reverse(generator: Path, models: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a generator where a tokenizer is wanted"):
+    with pytest.raises(CheckpointError, match=r"is a generator, but a tokenizer is needed"):
         load_tokenizer_file(generator)
-    with pytest.raises(CheckpointError, match=r"is a tokenizer where a generator is wanted"):
+    with pytest.raises(CheckpointError, match=r"is a tokenizer, but a generator is needed"):
         load_generator_file(models / "text.safetensors")

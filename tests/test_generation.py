@@ -230,8 +230,8 @@ def test_unknown_classes(asked: str, names: list[str] | None, message: str) -> N
         ("class", {"prompts": ["a cat"]}, "class: is a class model (4 classes): give it classes, not prompts"),
         ("prompt", {"classes": ["cat"]}, "prompt: is a text-to-image model: give it prompts, not classes"),
         ("class", {}, "give classes to a class model or prompts to a text-to-image model"),
-        ("class", {"classes": []}, "0 classes or prompts and 0 seeds: give as many of each, at least one"),
-        ("class", {"classes": [0, 1], "seeds": [1]}, "2 classes or prompts and 1 seeds: give as many of each, at least one"),
+        ("class", {"classes": []}, "0 classes or prompts and 0 seeds: give the same number of each, at least one"),
+        ("class", {"classes": [0, 1], "seeds": [1]}, "2 classes or prompts and 1 seeds: give the same number of each, at least one"),
         ("class", {"classes": [0], "seeds": [-1]}, "a seed is a whole number from 0 to 4294967295, these go from -1 to -1"),
         ("class", {"classes": [0], "steps": 0}, "steps 0: sampling takes at least 1 step"),
         ("class", {"classes": [0], "cfg": "-2"}, "cfg '-2': the scale is negative; 1 means no guidance"),
@@ -275,7 +275,7 @@ def test_labels_are_spread_by_weight_and_evenly(weights: list[int], n: int) -> N
 def test_labels_of_a_generator(load: Callable[..., Generator]) -> None:
     assert load("class").labels("equal", 8) == [0, 1, 2, 3, 0, 1, 2, 3]
     assert sorted(load("class").labels("proportional", 8)) == [0, 1, 2, 2, 3, 3, 3, 3]
-    with pytest.raises(DataError, match="take --labels equal"):
+    with pytest.raises(DataError, match="use --labels equal"):
         load("class-plain").labels("proportional", 8)
     with pytest.raises(DataError, match="give it prompts"):
         load("prompt").labels("equal", 8)

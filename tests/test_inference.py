@@ -210,7 +210,7 @@ def test_the_hub_is_left_alone_offline(variable: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(CheckpointError, match=r"^hf://owner/name: model.safetensors could not be had: not in the cache$"):
+    with pytest.raises(CheckpointError, match=r"^hf://owner/name: could not download model.safetensors: not in the cache$"):
         find_model("hf://owner/name")
     assert asked == [True]
 

@@ -143,7 +143,7 @@ def resolve(name: str, *, path: Path | None = None, offline: bool = False) -> Pa
 
     Looked for in this order: `path`, the installed package that carries it, the local cache of its hub (for PyTorch's
     files torch.hub's, below TORCH_HOME), the hub (unless offline; see `is_offline`). Raises BackendError, one line, if
-    it is not to be had or is not the file it should be.
+    it is not available or is not the file it should be.
     """
     asset = ASSETS[name]
     if path is not None:
@@ -166,7 +166,7 @@ def load_torch_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # what is no such file makes the unpickler fail in any way it happens to
         raise BackendError(f"{path}: not a file of PyTorch weights ({type(error).__name__})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise BackendError(f"{path}: holds something else than a dictionary of tensors; give the model's state dict")
+        raise BackendError(f"{path}: does not contain a dictionary of tensors; give the model's state dict")
     return weights
 
 
@@ -242,7 +242,7 @@ def _checked(path: Path, asset: Asset) -> Path:
         digest = sha256_file(path)
         if not digest.startswith(asset.sha256):
             what = f"has sha256 {digest[:12]}... instead of {asset.sha256[:12]}..."
-            again = "download it again" if asset.package is None else f"install {asset.package} anew"
+            again = "download it again" if asset.package is None else f"reinstall {asset.package}"
             raise BackendError(f"{asset.what}: {path} {what}: remove it, or {again}")
         _verified.add(key)
     return path

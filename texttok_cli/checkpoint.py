@@ -172,7 +172,7 @@ def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tu
     header = parse_header(meta, GeneratorHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
     captions = infos.get(CAPTIONS)
     if captions is None or captions.dtype != "I64" or len(captions.shape) != 1:
-        raise CheckpointError(f"{path}: its {CAPTIONS} are missing or no list of hashes")
+        raise CheckpointError(f"{path}: its {CAPTIONS} are missing or not a list of hashes")
     with torch.device("meta"):
         model = DiT(header.model)
     tensors = _fill(model, path, infos, extra={CAPTIONS: captions.shape})
@@ -190,7 +190,7 @@ def _check_task(path: Path, meta: Mapping[str, Any], wanted: str) -> None:
     """CheckpointError if the file is a whole model of the other kind."""
     found = meta.get("task")
     if found in ("tokenizer", "generator") and found != wanted:
-        raise CheckpointError(f"{path}: is a {found} where a {wanted} is wanted")
+        raise CheckpointError(f"{path}: is a {found}, but a {wanted} is needed")
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -37,4 +37,4 @@ class TrainingError(TextTokError):
 
 
 class BackendError(TextTokError):
-    """Weights, a library or a device that is not to be had."""
+    """Weights, a library or a device that is not available."""

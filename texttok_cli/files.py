@@ -49,7 +49,7 @@ def check_can_be_folder(path: Path, *, else_name: str) -> None:
     """DataError if a file stands where `path` or a folder above it has to be one; `else_name` says what -o may be besides a folder."""
     file = next((part for part in (path, *path.parents) if part.is_file()), None)
     if file is not None:
-        raise DataError(f"{file}: is a file, and -o needs a folder there; name another{else_name}")
+        raise DataError(f"{file}: is a file, but -o needs a folder; choose another path{else_name}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -43,7 +43,7 @@ class Request:
     seed: int
     class_id: int | None = None  # of a class model
     text: str | None = None  # a text model's prompt; of a class model the caption that the detokenizer reads
-    leaked: bool = False  # whether that caption stands in the generator's training data
+    leaked: bool = False  # whether that caption is in the generator's training data
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Generator:
             conditions *= len(seeds)
         seeds = range(len(conditions)) if seeds is None else seeds
         if not conditions or len(conditions) != len(seeds):
-            raise DataError(f"{len(conditions)} classes or prompts and {len(seeds)} seeds: give as many of each, at least one")
+            raise DataError(f"{len(conditions)} classes or prompts and {len(seeds)} seeds: give the same number of each, at least one")
         if not all(0 <= seed <= MAX_SEED for seed in seeds):
             raise DataError(f"a seed is a whole number from 0 to {MAX_SEED}, these go from {min(seeds)} to {max(seeds)}")
         if prompts is not None:
@@ -161,7 +161,7 @@ class Generator:
             return spread_labels([1] * self.num_classes, n)
         counts = self.info.header.class_counts
         if counts is None:
-            raise DataError(f"{self.info.name}: its file does not say how many training images each class had: take --labels equal")
+            raise DataError(f"{self.info.name}: its file does not say how many training images each class had: use --labels equal")
         return spread_labels(counts, n)
 
     def class_id(self, asked: str | int) -> int:
@@ -208,7 +208,7 @@ def load_generator(
     """A generator by bundled name, path or `hf://owner/name`, with its tokenizer, ready to sample.
 
     The tokenizer is found by its hash among the bundled ones and beside the generator's file, else `tokenizer` names it.
-    `captions` is a list of unseen captions in the place of the one beside the file; `guide` a weaker generator for autoguidance.
+    `captions` is a list of unseen captions instead of the one beside the file; `guide` a weaker generator for autoguidance.
 
     Raises CheckpointError for a model that is not there, not whole or not of this generator, BackendError for a device or text
     encoder that isn't.
@@ -216,7 +216,7 @@ def load_generator(
     where, file = pick_device(device), find_model(model, offline=offline)
     dit, info = load_generator_file(file, device=where)
     if not isinstance(dit.cfg.latents, TokenLatents):
-        raise CheckpointError(f"{info.name}: makes feature maps, and texttok has the tokenizers of tokens only")
+        raise CheckpointError(f"{info.name}: generates feature maps; texttok can only decode token sequences")
     weaker = None
     if guide is not None:
         net, its_info = load_generator_file(find_model(guide, offline=offline), device=where)

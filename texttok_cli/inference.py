@@ -126,7 +126,7 @@ class Tokenizer:
             raise DataError(f"{self.info.name}: {NO_CAPTION_HELP}")
         texts = [captions] if isinstance(captions, str) else list(captions)
         if len(texts) != n:
-            raise DataError(f"{n} image(s) and {len(texts)} caption(s): give one caption an image")
+            raise DataError(f"{n} image(s) and {len(texts)} caption(s): give one caption per image")
         return self.text(texts).to(self.device)
 
     def _autocast(self) -> torch.autocast:
@@ -152,7 +152,10 @@ def load_tokenizer(
     elif isinstance(cond, NoCondition):
         text = None
     else:
-        raise CheckpointError(f"{info.name}: is conditioned on class embeddings, an ablation that is trained and measured but not served")
+        raise CheckpointError(
+            f"{info.name}: is conditioned on class embeddings, an ablation that can be trained and evaluated,"
+            " but not used for encode or decode"
+        )
     return Tokenizer(in_precision(net, precision), info, text, precision=precision)
 
 
@@ -301,4 +304,4 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
         return Path(hf_hub_download(repo, "model.safetensors", local_files_only=is_offline(offline)))
     except (OSError, ValueError) as err:  # the hub's own errors are OSErrors, a malformed name is a ValueError
         reason = " ".join(str(err).split())
-        raise CheckpointError(f"hf://{repo}: model.safetensors could not be had: {reason}") from None
+        raise CheckpointError(f"hf://{repo}: could not download model.safetensors: {reason}") from None

@@ -38,7 +38,7 @@ def l2(x: Tensor, y: Tensor) -> Tensor:
 def build_perceptual(net: PerceptualNet, *, offline: bool = False) -> nn.Module:
     """The frozen network `net`: maps two batches of images (B, 3, H, W) in [0, 1] to their distances (B,) float32.
 
-    Raises BackendError if its weights are not to be had.
+    Raises BackendError if its weights are not available.
     """
     return ResNetLogits(offline=offline) if net == "resnet50-logits" else Perceptual(net, offline=offline)
 
@@ -48,7 +48,7 @@ class Perceptual(nn.Module):
 
     The paper cites the former. Its trunk is a download, all of the latter's weights come with a package.
     Features of five depths are normalised over channels; their squared differences, weighted by channel, are averaged
-    over places and summed over depths. Raises BackendError if the weights are not to be had.
+    over places and summed over depths. Raises BackendError if the weights are not available.
     """
 
     def __init__(self, net: LpipsNet, *, offline: bool = False) -> None:
@@ -145,7 +145,7 @@ _SLICES: dict[str, Callable[[bool], list[nn.Sequential]]] = {"alex": _alex, "vgg
 class ResNetLogits(nn.Module):
     """MAGVIT's perceptual loss: the mean squared difference of an ImageNet ResNet-50's logits; frozen.
 
-    Images of another size than 224 are resized (bilinear, antialiased). Raises BackendError if the weights are not to be had.
+    Images of another size than 224 are resized (bilinear, antialiased). Raises BackendError if the weights are not available.
     """
 
     def __init__(self, *, offline: bool = False) -> None:

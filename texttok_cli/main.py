@@ -106,7 +106,8 @@ def _remedy(err: RuntimeError) -> str | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(err, torch.OutOfMemoryError):
         return (
-            "the GPU has not enough free memory: take a smaller batch (--batch-size; of train training.batch_size=), bf16, or --device cpu"
+            "the GPU does not have enough free memory: use a smaller batch (--batch-size, or training.batch_size= for train), bf16,"
+            " or --device cpu"
         )
     dynamo = sys.modules.get("torch._dynamo.exc")
     if dynamo is not None and isinstance(err, dynamo.BackendCompilerFailed):  # InductorError is one

@@ -52,7 +52,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         load_baseline(f"baseline:sd-vae={folder}").encode(torch.zeros(1, 3, 30, 32, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match="the folder needs"):
         load_baseline(f"baseline:sd-vae={tmp_path}")
-    with pytest.raises(BackendError, match="neither a folder nor to be had") as error:
+    with pytest.raises(BackendError, match="neither a folder nor available") as error:
         load_baseline("baseline:sd-vae=nobody/nothing", offline=True)
     assert "\n" not in str(error.value)
     (tmp_path / "config.json").write_text("{}")

@@ -183,7 +183,7 @@ def test_a_text_model_takes_the_first_prompts(models: Path, tmp_path: Path) -> N
     cache = system.generator.tokenizer.text
     system.sample(Setting("s", 2, "ddim", "1"), [0])  # pays for its text again
     assert system.generator.tokenizer.text is not cache and system.generator.text is not None
-    with pytest.raises(DataError, match="has 6 prompts, and a point has 9 images"):
+    with pytest.raises(DataError, match="has 6 prompts, but a point has 9 images"):
         opened(series(given, tokenizer=tokenizer, prompts=str(prompts)), images=9)
     with pytest.raises(DataError, match="name a file of prompts"):
         opened(series(given, tokenizer=tokenizer))

@@ -44,7 +44,7 @@ def test_a_setting_that_is_given_twice_is_one_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("reference: B", "reference: C"), "reference 'C' is none of the series: A, B"),
+        (("reference: B", "reference: C"), "reference 'C' is not one of the series: A, B"),
         (("name: B", "name: A"), "two series have the same name"),
         (("steps: 20", "steps: 0"), r"series\.1\.steps\.0: .*greater than or equal to 1"),
         (("name: sweep", "name: ../evil"), "name: String should match pattern"),

@@ -70,7 +70,11 @@ def test_what_may_pass_is_tried_again(misbehaviour: object, endpoint: Served) ->
 
 @pytest.mark.parametrize(
     ("misbehaviour", "said"),
-    [(fails(500, "oops"), "HTTP 500: oops (3 tries)"), (raw(b"{"), "no chat completion, or was cut short"), (says(""), "an empty answer")],
+    [
+        (fails(500, "oops"), "HTTP 500: oops (3 tries)"),
+        (raw(b"{"), "an answer that is not a chat completion, or was cut short"),
+        (says(""), "an empty answer"),
+    ],
 )
 def test_what_does_not_pass_is_a_failure_of_this_image(misbehaviour: object, said: str, endpoint: Served) -> None:
     endpoint.plan = [misbehaviour]  # type: ignore[list-item]
@@ -156,7 +160,7 @@ def test_an_exhausted_limit_holds_the_next_request_back(endpoint: Served) -> Non
 
 def test_a_wait_of_hours_ends_the_run(endpoint: Served) -> None:
     endpoint.plan = [fails(429, headers={"Retry-After": "7200"})]
-    with pytest.raises(BackendError, match=r"asks to wait for 7,200 s: run the same command again"):
+    with pytest.raises(BackendError, match=r"asks us to wait 7,200 s; rerun the same command"):
         ask(endpoint)
 
 
@@ -188,7 +192,7 @@ def test_one_refused_image_is_not_asked_for_again(endpoint: Served) -> None:
     with pytest.raises(CaptionFailed, match="HTTP 400: image too strange"):
         ask(endpoint)
     endpoint.plan = [fails(400), says("", reason="length")]
-    with pytest.raises(CaptionFailed, match="no answer within the limit of tokens; raise --max-tokens"):
+    with pytest.raises(CaptionFailed, match="no answer within the token limit; raise --max-tokens"):
         ask(endpoint)
     endpoint.plan = [says("", reason="content_filter")]
     with pytest.raises(CaptionFailed, match="content filter"):

@@ -90,9 +90,9 @@ def test_it_is_recorded_without_its_path(coca: CoCa) -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "said"),
     [
-        ("ViT-B-32", "openai", r"no CoCa of open_clip's; it has .*coca_ViT-B-32"),
-        ("nothing", "x", "no CoCa of open_clip's"),
-        ("coca_roberta-ViT-B-32", "x", "no CoCa of open_clip's"),
+        ("ViT-B-32", "openai", r"not a CoCa of open_clip's; it has .*coca_ViT-B-32"),
+        ("nothing", "x", "not a CoCa of open_clip's"),
+        ("coca_roberta-ViT-B-32", "x", "not a CoCa of open_clip's"),
         ("coca_ViT-B-32", "laion", "--offline: name a local file"),
     ],
 )
@@ -106,5 +106,5 @@ def test_a_file_of_something_else_is_one_line(weights: Path, tmp_path: Path) -> 
     torch.save({"weight": torch.zeros(2)}, other)
     for content in (other.read_bytes(), b"nothing of the kind"):
         other.write_bytes(content)
-        with pytest.raises(BackendError, match=r"other.pt: not to be had as weights of coca-tiny"):
+        with pytest.raises(BackendError, match=r"other.pt: could not be loaded as weights of coca-tiny"):
             CoCa("coca-tiny", str(other), offline=True)

@@ -122,7 +122,7 @@ def test_too_little_memory_names_the_remedy(chatting: VisionLanguageModel, monke
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(chatting.network, "generate", full)
-    with pytest.raises(BackendError, match=r"3 images at once; take a smaller --batch-size$"):
+    with pytest.raises(BackendError, match=r"3 images at once; use a smaller --batch-size$"):
         chatting(subjects())
 
 

@@ -258,8 +258,8 @@ def test_a_header_that_lies_about_its_model_is_one_line(decode: Run, make: Calla
         (["."], "not a folder of tokens (no index.json)"),
         (["a.tok.safetensors", "-o", "a.jpg"], "name a folder for the 1 image(s), or for one image a .png file"),
         (["a.tok.safetensors", "b.tok.safetensors", "-o", "x.png"], "name a folder for the 2 image(s)"),
-        (["a.tok.safetensors", "-o", "b.tok.safetensors"], "b.tok.safetensors: is a file, and -o needs a folder there; name another"),
-        (["a.tok.safetensors", "-o", "b.tok.safetensors/x"], "b.tok.safetensors: is a file, and -o needs a folder there"),
+        (["a.tok.safetensors", "-o", "b.tok.safetensors"], "b.tok.safetensors: is a file, but -o needs a folder; choose another path"),
+        (["a.tok.safetensors", "-o", "b.tok.safetensors/x"], "b.tok.safetensors: is a file, but -o needs a folder"),
         (["text.safetensors"], "another kind of file"),
     ],
 )

@@ -379,8 +379,8 @@ def test_names_with_line_breaks_and_escapes_stay_one_line(encode: Run, draw: Dra
         (["in/000.png", "in/001.png", "-o", "x.safetensors"], "is one file, and there are 2 images; name a folder"),
         (["in/000.png", "other/000.png", "-o", "out"], "would be written for two of the images"),
         (["in/000.png", "--captions", "none.jsonl"], "none.jsonl: no such file"),
-        (["in/000.png", "-o", "in/000.txt"], "in/000.txt: is a file, and -o needs a folder there; name another"),
-        (["in", "-o", "in/000.txt/x"], "in/000.txt: is a file, and -o needs a folder there; name another"),
+        (["in/000.png", "-o", "in/000.txt"], "in/000.txt: is a file, but -o needs a folder; choose another path"),
+        (["in", "-o", "in/000.txt/x"], "in/000.txt: is a file, but -o needs a folder; choose another path"),
     ],
 )
 def test_mistakes_are_one_line(

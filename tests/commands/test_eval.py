@@ -120,7 +120,7 @@ def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, p
     found, said = split()
     assert found == "train, as the protocol has it" and "split" not in said
     found, said = split("--split", "val")
-    assert found == "val" and "split: val; protocol recon is of: train" in said
+    assert found == "val" and "split: val; protocol recon has: train" in said
     found, said = split("--split", "train")
     assert found == "train" and "split" not in said
     assert "needs --data" in texttok(*options).err
@@ -190,7 +190,7 @@ def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) ->
     assert 0 < found["psnr"] != one["psnr"] > 0
     (samples / "0.png").rename(samples / "other.png")
     outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures)
-    assert outcome.code == 1 and "other.png: no reference of that name" in outcome.err
+    assert outcome.code == 1 and "other.png: no reference with that name" in outcome.err
 
 
 def test_a_folder_against_an_npz_goes_by_number(texttok: Run, draw: Draw, tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_listed_classes_are_not_called_equally_many(texttok: Run, samples: Path,
         texttok("eval", "--compare", reports[one], "--compare", reports[other]) for one, other in ((0, 1), (0, 2), (3, 4))
     )
     assert alike.code == 0 and "labels" not in alike.err
-    assert unlike.code == 1 and "gfid: unlike labels: as listed" in unlike.err
-    assert unknown.code == 0 and "gfid: how labels were drawn is not known of any of these samples" in unknown.err
+    assert unlike.code == 1 and "gfid: different labels: as listed" in unlike.err
+    assert unknown.code == 0 and "gfid: how labels were drawn is not known for any of these samples" in unknown.err
 
 
 def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
@@ -362,8 +362,8 @@ def test_numbers_are_printed_before_files_are_written(
     ("options", "what"),
     [
         (("-o", "{samples}"), "samples: is a folder; name a file in it"),
-        (("--html", "{samples}/0.png/page.html"), "0.png is no folder"),
-        (("--save-stats", "{samples}/0.png/new/s.npz"), "0.png is no folder"),
+        (("--html", "{samples}/0.png/page.html"), "0.png is not a folder"),
+        (("--save-stats", "{samples}/0.png/new/s.npz"), "0.png is not a folder"),
         (("--save-samples", "{samples}"), "--save-samples"),
         (("--html", "{samples}/x", "-o", "{samples}/y/../x"), "--html"),
     ],
@@ -404,10 +404,10 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "psnr,kid", "--samples", "{samples}", "--ref", "{samples}"), "kid: needs 1,000 samples or more"),
         (("--metric", "is", "--samples", "{samples}", "--offline"), "InceptionV3 (FID) weights with the 1008-way head"),
         (("--compare", "{nothing}"), "nothing: No such file"),
-        (("--metric", "psnr", "--resize", "clean"), "--resize is about InceptionV3, which none of these metrics asks"),
+        (("--metric", "psnr", "--resize", "clean"), "--resize is about InceptionV3, which none of these metrics uses"),
         (("--metric", "psnr", "--inception", "x.pth"), "--inception is about InceptionV3"),
-        (("--metric", "psnr", "--clip", "ViT-B-32"), "--clip says which CLIP is asked"),
-        (("--metric", "psnr", "--clip-weights", "openai"), "--clip-weights says which CLIP is asked"),  # the default, but asked for
+        (("--metric", "psnr", "--clip", "ViT-B-32"), "--clip says which CLIP is used"),
+        (("--metric", "psnr", "--clip-weights", "openai"), "--clip-weights says which CLIP is used"),  # the default, but asked for
         (("--metric", "psnr", "--gallery", "3"), "--gallery is about the page that --html writes"),
         (("--samples", "{samples}", "--ref", "{samples}", "--captions", "x.jsonl"), "--captions says what CLIP compares samples with"),
         (("--samples", "{samples}", "--ref", "{samples}", "--precision", "bf16"), "--precision is about what a model"),
@@ -420,7 +420,7 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl"), "plain: takes no captions"),
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--size", "64"), "plain takes images of 32 pixels only"),
         (("--samples", "{samples}", "--ref", "{samples}", "--model", "text"), "--model is about what a model reconstructs"),
-        (("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/plain.safetensors"), "plain.safetensors: is there twice"),
+        (("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/plain.safetensors"), "plain.safetensors: is given twice"),
         (
             ("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/text.safetensors", "--save-samples", "x.npz"),
             "--save-samples is of one model's images",
@@ -456,12 +456,12 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
         return out
 
     plain, text = measure("plain"), measure("text")
-    assert "plain.json: one report alone" in texttok("eval", "--compare", plain).err
+    assert "plain.json: only one report" in texttok("eval", "--compare", plain).err
     alike = texttok("eval", "--compare", plain, "--compare", text)
-    assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "unlike" not in alike.out + alike.err
+    assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "differ" not in alike.out + alike.err
     other = measure("other", "-n", 4)
     unlike = texttok("eval", "--compare", plain, "--compare", other)
-    assert unlike.code == 1 and "psnr (unlike)" in unlike.out and "psnr: unlike n: 6 | 4" in unlike.err
+    assert unlike.code == 1 and "psnr (differs)" in unlike.out and "psnr: different n: 6 | 4" in unlike.err
     (row,) = json.loads(texttok("eval", "--compare", plain, "--compare", other, "--json").out)["rows"]
     assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference", "reference_sha256"}
 
@@ -573,6 +573,6 @@ def test_a_state_of_other_files_is_refused(
     options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-b", 2, "-o", tmp_path / "report.json")
     draw(pictures / "5.png", 5, part=0.5)
     damaged = texttok(*options)
-    assert damaged.code == 1 and "5.png: damaged or cut short" in damaged.err and "mend or remove it" in damaged.err
+    assert damaged.code == 1 and "5.png: damaged or cut short" in damaged.err and "fix or remove it" in damaged.err
     draw(pictures / "5.png", 5)
     assert "is the state of another evaluation" in texttok(*options).err

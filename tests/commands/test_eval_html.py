@@ -141,4 +141,4 @@ def test_reports_are_compared_on_a_page(texttok: Run, models: Path, pictures: Pa
     page = tmp_path / "page.html"
     assert texttok("eval", "--compare", paths[0], "--compare", paths[1], "--html", page).code == 1
     html = page.read_text()
-    assert "psnr (unlike)" in html and "not comparable, unlike n: 8 | 4" in html and html.count("<details>") == 2 and "<img" not in html
+    assert "psnr (differs)" in html and "not comparable, different n: 8 | 4" in html and html.count("<details>") == 2 and "<img" not in html

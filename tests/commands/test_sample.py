@@ -257,7 +257,7 @@ def test_processes_share_the_work(generators: Path, tmp_path: Path, by_class: Ru
         (["--class", "rose", "--sampler", "heun"], "sampler 'heun' is none of those of a ddpm model: ddpm, ddim, dpm++2m"),
         (["--class", "rose", "--tokenizer", "plain"], "makes the latents of tokenizer text"),
         (["--class", "rose", "--prompt", "a"], "--class and --prompt(s) exclude each other"),
-        (["--class", "rose", "--guide", "none", "--cfg", "1.0"], "--guide none: would not be used, as --cfg 1.0 is no guidance"),
+        (["--class", "rose", "--guide", "none", "--cfg", "1.0"], "--guide none: would not be used, as --cfg 1.0 means no guidance"),
         ([], "nothing to sample: give --class, --prompt or --prompts, or --labels"),
         (["--prompts", "none.txt"], "none.txt: no such file"),
         (["--class", "rose", "--captions", "none.jsonl"], "none.jsonl: no such file"),

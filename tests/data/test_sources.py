@@ -182,7 +182,7 @@ def test_ids_that_two_inputs_share_get_the_input_before_them(tmp_path, make_shar
 def test_an_id_twice_in_one_input_is_an_error(tmp_path):
     write(tmp_path / "a.png")
     manifest = lines(tmp_path / "m.jsonl", {"image": "a.png", "caption": "one"}, {"image": "a.png", "caption": "two"})
-    with pytest.raises(DataError, match=r"a\.png: 1 ids stand for more than one image.*an id of its own"):
+    with pytest.raises(DataError, match=r"a\.png: 1 ids are used for more than one image.*its own id"):
         open_dataset([manifest])
 
 

@@ -37,8 +37,8 @@ def test_text_and_back(text: str, guidance: Guidance) -> None:
         ("2:power-cosine=4:power-cosine=4", "is not understood"),
         ("2:power-cosine=0", "greater than 0"),
         ("2:interval=0.5", "is not understood"),
-        ("2:interval=0.7,0.1", "rise between 0 and 1"),
-        ("2:interval=0,1.5", "rise between 0 and 1"),
+        ("2:interval=0.7,0.1", "increasing numbers between 0 and 1"),
+        ("2:interval=0,1.5", "increasing numbers between 0 and 1"),
     ],
 )
 def test_bad_text_is_one_line(text: str, what: str) -> None:

@@ -47,7 +47,7 @@ def whole_weights(network: FidInception, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def kept(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]:
-    """`kept(name, compute)`: a tensor from pytest's cache, computed anew when the network's code or weights change."""
+    """`kept(name, compute)`: a tensor from pytest's cache, computed again when the network's code or weights change."""
     source = b"".join(Path(str(module.__file__)).read_bytes() for module in (inception, resize))
     key = hashlib.sha256(source + ASSETS["inception"].sha256.encode()).hexdigest()[:16]
 

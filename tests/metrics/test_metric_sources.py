@@ -113,7 +113,7 @@ def test_samples_are_taken_as_they_are_and_originals_cropped(draw: Draw, tmp_pat
 def test_an_evaluation_is_of_all_images_or_of_none(draw: Draw, tmp_path: Path) -> None:
     draw(tmp_path / "0.png")
     draw(tmp_path / "1.png", 1, part=0.5)
-    with pytest.raises(DataError, match=r"1\.png.*mend or remove"):
+    with pytest.raises(DataError, match=r"1\.png.*fix or remove"):
         list(FileImages(open_dataset([tmp_path])).batches([0, 1], 8))
 
 

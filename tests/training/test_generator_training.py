@@ -216,7 +216,7 @@ def test_what_is_dropped_trains_the_null_condition_alone(
         ("model.latents={kind: grid, size: 4, channels: 8}", RecipeError, "trains generators on tokens"),
         ("model.condition.num_classes=3", RecipeError, "num_classes is 3, the training images have 2 classes"),
         ("model.condition={source: text, encoder: {kind: hash, dim: 8}}", RecipeError, "one embedding serves the generator and"),
-        ("training.start_from={models}/text.safetensors", TextTokError, "is a tokenizer where a generator is wanted"),
+        ("training.start_from={models}/text.safetensors", TextTokError, "is a tokenizer, but a generator is needed"),
     ],
 )
 def test_mistakes_are_one_line(

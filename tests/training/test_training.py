@@ -262,7 +262,7 @@ def test_a_field_that_is_new_since_a_run_began_does_not_end_it(recipe_file: Reci
     file.write_text("".join(line for line in lines if "checkpointing" not in line))
     train(recipe_file(), tmp_path / "run")
     file.write_text("task: [")
-    with pytest.raises(RecipeError, match=r"recipe.yaml: is no recipe .* another --out"):
+    with pytest.raises(RecipeError, match=r"recipe.yaml: is not a recipe .* another --out"):
         train(recipe_file(), tmp_path / "run")
 
 
@@ -494,7 +494,7 @@ def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile,
     (tmp_path / "fourth" / "model.safetensors").unlink()
     train(recipe_file(training={"weights": "fp32", "seed": 5}), tmp_path / "other", model)
     shutil.copy(tmp_path / "other" / "model.safetensors", first)
-    with pytest.raises(TrainingError, match=r"is no longer the model that this run began with"):
+    with pytest.raises(TrainingError, match=r"is no longer the model that this run started from"):
         train(recipe_file(), tmp_path / "fourth", *changes, "schedule.steps=1", "training.save_every=1")
     with pytest.raises(RecipeError, match=r"name a trained one in training\.start_from"):
         train(recipe_file(), tmp_path / "third", "training.detokenizer_only=true")

@@ -23,7 +23,7 @@ FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 class SDVAE(Baseline):
     """Diffusers' AutoencoderKL by hub name or local folder: images to latents (the posterior's mean, unscaled) and back.
 
-    Raises CheckpointError for what is no such model, BackendError if it, or diffusers, is not to be had.
+    Raises CheckpointError for what is no such model, BackendError if it, or diffusers, is not available.
     """
 
     def __init__(self, name: str, where: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
@@ -66,7 +66,7 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
         return Path([hf_hub_download(repo, file, local_files_only=offline) for file in FILES][-1]).parent
     except (OSError, HFValidationError) as err:  # the hub's own errors are OSErrors
         reason = type(err).__name__
-        raise BackendError(f"{repo}: neither a folder nor to be had from the hub ({reason}): give a local folder") from None
+        raise BackendError(f"{repo}: neither a folder nor available from the hub ({reason}): give a local folder") from None
 
 
 def untrained_sd_vae() -> torch.nn.Module:

@@ -60,7 +60,7 @@ def eval_page(names: Sequence[str], reports: Sequence[Report], examples: Sequenc
 
 
 def _numbers(names: Sequence[str], reports: Sequence[Report], rows: Sequence[Row]) -> Html:
-    header = ["", "tokens", *(row.metric + (" (unlike)" if row.unlike else "") for row in rows), "n", "text"]
+    header = ["", "tokens", *(row.metric + (" (differs)" if row.unlike else "") for row in rows), "n", "text"]
     columns = [[_number(result) for result in row.results] for row in rows]
     body = []
     for place, (name, report) in enumerate(zip(names, reports, strict=True)):
@@ -81,14 +81,14 @@ def _tokens(card: Card) -> str:
 
 
 def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table must know: warnings that several models share once, and where cards are unlike."""
+    """What a reader of the table must know: warnings that several models share once, and where cards differ."""
     warned: dict[str, list[str]] = {}
     for name, report in zip(names, reports, strict=True):
         for result in report.results:
             for warning in result.warnings:
                 warned.setdefault(f"{result.metric}: {warning}", []).append(name)
     unlike = [
-        f"{row.metric}: not comparable, unlike {key}: {' | '.join(map(str, found))}" for row in rows for key, found in row.unlike.items()
+        f"{row.metric}: not comparable, different {key}: {' | '.join(map(str, found))}" for row in rows for key, found in row.unlike.items()
     ]
     return unlike + [line if len(of) == len(names) else f"{line} ({', '.join(of)})" for line, of in warned.items()]
 

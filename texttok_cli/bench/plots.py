@@ -27,7 +27,7 @@ def plot_tradeoff(result: TradeoffResult, path: Path) -> list[Path]:
     def ours(axes: Axes) -> None:
         _curves(axes, {name: curve(result, name) for name in result.tokens})
         images = result.points[0].images if result.points else 0
-        axes.set_title(f"measured: {result.name}\n{images:,} samples a point, {result.machine.name}", fontsize=8)
+        axes.set_title(f"measured: {result.name}\n{images:,} samples per point, {result.machine.name}", fontsize=8)
         summary = summarize(result)
         if summary is not None and summary.speedup is not None:
             chosen, reference = summary.speedup.chosen, summary.speedup.reference
@@ -73,7 +73,7 @@ def _curves(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
     axes.set_xscale("log", subs=[])
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("seconds an image")
+    axes.set_xlabel("seconds per image")
     axes.set_ylabel("FID")
 
 

@@ -1,4 +1,4 @@
-"""What is timed: networks of the paper's sizes with random weights (time does not hang on their values), and what they need.
+"""What is timed: networks of the paper's sizes with random weights (time does not depend on their values), and what they need.
 
 Letters: B batch, N latent tokens, T text tokens, C width of the text encoder.
 """
@@ -102,7 +102,7 @@ def convolution_bytes(batch: int, image_size: int) -> int:
 
 
 def check_fits(needed: float, device: torch.device) -> None:
-    """DoesNotFit if so many bytes are not to be had on the device."""
+    """DoesNotFit if so many bytes are not free on the device."""
     free = free_memory(device)
     if needed + RESERVE > free:
         raise DoesNotFit(f"needs about {needed / 1e9:.1f} GB and 1 GB in reserve, {free / 1e9:.1f} GB are free")

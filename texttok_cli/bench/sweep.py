@@ -93,7 +93,7 @@ class _Facts:
 
 
 def _look(series: Series, opener: Opener) -> _Facts:
-    """Open it and let go of it: what is not to be had, and a setting that it can't take, is said before hours are spent on others."""
+    """Open it and let go of it: what is not available, and a setting that it can't take, is reported before hours are spent on others."""
     system = opener(series)
     try:
         for setting in settings(series):

@@ -35,7 +35,7 @@ class System(Protocol):
     tokens: int  # latent vectors of an image
     image_size: int
     config: GeneratorConfig
-    identity: Mapping[str, object]  # all that its images hang on
+    identity: Mapping[str, object]  # all that its images depend on
 
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
         """Samples with these numbers, uint8 (B, 3, S, S) on the CPU; a number's sample is the same in any batch."""
@@ -46,7 +46,7 @@ def open_system(
 ) -> System:
     """The system of a series, to make `images` images: of its classes as `labels` says, or of the first prompts.
 
-    Raises DataError, CheckpointError or BackendError for what is not to be had.
+    Raises DataError, CheckpointError or BackendError for what is not available.
     """
     if not series.generator.startswith(ORIGINAL):
         return TexTokSystem(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
@@ -98,7 +98,7 @@ def _requests(generator: Generator, series: Series, seeds: range) -> list[Reques
         raise DataError(f"{series.name}: {series.generator} is a text-to-image model: name a file of prompts")
     prompts = read_prompts(series.prompts)
     if len(prompts) < len(seeds):
-        raise DataError(f"{series.prompts}: has {len(prompts):,} prompts, and a point has {len(seeds):,} images")
+        raise DataError(f"{series.prompts}: has {len(prompts):,} prompts, but a point has {len(seeds):,} images")
     return generator.requests(prompts=prompts[: len(seeds)], seeds=seeds)
 
 
@@ -111,7 +111,7 @@ class OriginalDiT:
         given = {"labels: proportional": series.labels != "equal", "captions": series.captions, "prompts": series.prompts}
         unknown = [key for key, value in given.items() if value]
         if unknown:
-            raise DataError(f"{series.name}: the original DiT takes classes, of each equally many: leave out {', '.join(unknown)}")
+            raise DataError(f"{series.name}: the original DiT takes classes, the same number of each: leave out {', '.join(unknown)}")
         path = Path(series.generator.removeprefix(ORIGINAL))
         decoder = load_baseline(series.tokenizer or f"{PREFIX}sd-vae", device=device, offline=offline)
         if not isinstance(decoder, SDVAE):

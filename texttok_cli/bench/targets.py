@@ -99,7 +99,7 @@ def _tokenizer(task: Task) -> Iterator[Target]:
         yield Target(name=f"matmul rate, {name}", reached=rates[name] / 1e9, unit="GFLOP/s", note=shapes)
     own = where.precision
     least, how = (0.70, "") if cpu else (0.45, ", compiled")
-    cost = f"{flops['ours'] / batch / 1e9:.0f} GFLOP an image"
+    cost = f"{flops['ours'] / batch / 1e9:.0f} GFLOP per image"
     note = f"TexTok-B/32, 256 px, encode + decode, batch {batch}, 128 text tokens, {own}{how}; {cost}"
     share = median_ratio([flops["ours"] / flops[own] * s for s in seconds[own]], seconds["ours"])
     yield Target(name=f"tokenizer over the {own} matmul rate", reached=share, least=least, note=note)
@@ -161,7 +161,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
         least = 32 if name.startswith("250") else None
         yield Target(name=f"TexTok-32 + DiT-XL over SD-VAE + DiT-XL/2, {name}", reached=theirs / ours, least=least, unit="x", note=note)
     for name, value in (("TexTok-32 + DiT-XL", "texttok"), ("SD-VAE + DiT-XL/2", "sd-vae")):
-        note = f"decoding takes {decode[value]:.3g} s an image"
+        note = f"decoding takes {decode[value]:.3g} s per image"
         yield Target(name=f"{name}, one guided step, 512 px", reached=per_step[value], unit="s/image", note=note)
 
 

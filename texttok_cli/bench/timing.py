@@ -49,7 +49,7 @@ class Timer:
     def __init__(self, device: torch.device | str = "cpu", *, warm_up: int = 1, repeats: int = 5, clock: Clock = "wall") -> None:
         self.device, self.warm_up, self.repeats, self.clock = torch.device(device), warm_up, repeats, clock
         if clock == "cpu" and (self.device.type != "cpu" or torch.get_num_threads() > 1):
-            raise BackendError("--clock cpu: counts one thread's time on a CPU: set OMP_NUM_THREADS=1 and --device cpu, or take wall")
+            raise BackendError("--clock cpu: counts one thread's time on a CPU: set OMP_NUM_THREADS=1 and --device cpu, or use wall")
 
     def once(self, work: Callable[[], object]) -> float:
         """Seconds of one run, until the device has finished it."""

@@ -40,7 +40,7 @@ class Series(Config):
     tokenizer: str | None = (
         None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
     )
-    captions: Path | None = None  # class models: unseen captions in the place of those beside the generator's file
+    captions: Path | None = None  # class models: unseen captions instead of those beside the generator's file
     labels: Literal["equal", "proportional"] = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
     steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
@@ -65,7 +65,7 @@ class Spec(Config):
         if len(set(names)) < len(names):
             raise ValueError("two series have the same name")
         if self.reference not in (None, *names):
-            raise ValueError(f"reference {self.reference!r} is none of the series: {', '.join(names)}")
+            raise ValueError(f"reference {self.reference!r} is not one of the series: {', '.join(names)}")
         return self
 
 
@@ -135,7 +135,7 @@ def measure_point(setting: Setting, sample: Sample, score: Score, timer: Timer, 
 class PointStore:
     """Points that are done, one file each, written whole: an interrupted sweep goes on where it was.
 
-    `identity` is all that a point hangs on besides its setting; a point of another identity has another name.
+    `identity` is all that a point depends on besides its setting; a point of another identity has another name.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -134,7 +134,7 @@ def _bare_step(recipe: TokenizerRecipe, images: Tensor, cond: Condition | None, 
 
 
 def _random_batch(recipe: TokenizerRecipe, where: Where) -> tuple[Tensor, Condition | None]:
-    """Images uint8 (B, 3, H, W), and text tokens (B, T, C) of unlike lengths, as captions are: half of the longest to the longest."""
+    """Images uint8 (B, 3, H, W), and text tokens (B, T, C) of different lengths, as captions are: half of the longest to the longest."""
     cfg, batch = recipe.model, recipe.training.batch_size
     images = torch.randint(0, 256, (batch, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
     if not isinstance(cfg.condition, TextCondition):

@@ -41,7 +41,7 @@ class ChatClient:
     """One model behind one endpoint. Safe to call from several threads: when one is told to wait, all of them do."""
 
     def __init__(self, endpoint: str, model: str, *, timeout: float = 60, retries: int = 5) -> None:
-        """`endpoint` as in https://host/v1; the key, if it needs one, stands in the environment variable TEXTTOK_API_KEY."""
+        """`endpoint` as in https://host/v1; the key, if it needs one, is in the environment variable TEXTTOK_API_KEY."""
         self.url, self.model, self.timeout, self.retries = _url(endpoint), model, timeout, retries
         self._key = _key()
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -69,7 +69,7 @@ class ChatClient:
 
     def _wait(self) -> None:
         if (left := self._not_before - time.monotonic()) > LONGEST_WAIT:
-            raise BackendError(f"{self.url}: asks to wait for {left:,.0f} s: run the same command again then, it goes on where it stopped")
+            raise BackendError(f"{self.url}: asks us to wait {left:,.0f} s; rerun the same command after that to continue")
         while (left := self._not_before - time.monotonic()) > 0:
             time.sleep(left)
 
@@ -105,7 +105,7 @@ class ChatClient:
         said = " ".join(body.split())[:200]
         what = f"HTTP {err.code}" + (f": {said}" if said else "")
         if err.code in REFUSED or 300 <= err.code < 400:
-            why = REFUSED.get(err.code, "it answers with a redirection; give the address it leads to")
+            why = REFUSED.get(err.code, "it redirects; give the address it redirects to")
             return BackendError(f"{self.url}: {why} ({what}); the key is read from {KEY_VARIABLE}")
         if err.code not in RETRIED:
             return CaptionFailed(what)
@@ -132,7 +132,7 @@ def _url(endpoint: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BackendError(f"--endpoint {endpoint}: not an address such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        raise BackendError(f"--endpoint: an address without user, password or ?query, please; the key is read from {KEY_VARIABLE}")
+        raise BackendError(f"--endpoint: give an address without user, password or ?query; the key is read from {KEY_VARIABLE}")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/chat/completions') else path + '/chat/completions'}"
 
@@ -145,7 +145,7 @@ def _key() -> str:
 
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:
-    """The whole answer, up to the deadline: the socket's own timeout begins anew with every byte."""
+    """The whole answer, up to the deadline: the socket's own timeout starts again with every byte."""
     parts: list[bytes] = []
     while part := response.read1(1 << 16):
         parts.append(part)
@@ -169,14 +169,14 @@ def _answer(data: bytes) -> Written:
         choice = json.loads(data)["choices"][0]
         content, reason = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise _TryAgain("an answer that is no chat completion, or was cut short") from None
+        raise _TryAgain("an answer that is not a chat completion, or was cut short") from None
     if reason == "content_filter":
         raise CaptionFailed("the endpoint's content filter held the answer back")
     if isinstance(content, list):  # in parts, as some endpoints answer
         content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
     if not isinstance(content, str) or not content.strip():
         if reason == "length":  # spent on thoughts that are not shown
-            raise CaptionFailed("no answer within the limit of tokens; raise --max-tokens")
+            raise CaptionFailed("no answer within the token limit; raise --max-tokens")
         raise _TryAgain("an empty answer")
     return Written(content.strip(), complete=reason != "length")
 

@@ -38,7 +38,7 @@ class CoCa:
 
         if name not in open_clip.list_models() or not name.startswith("coca") or "roberta" in name:
             raise BackendError(
-                f"--model {name}: no CoCa of open_clip's; it has {', '.join(m for m in open_clip.list_models() if 'coca' in m)}"
+                f"--model {name}: not a CoCa of open_clip's; it has {', '.join(m for m in open_clip.list_models() if 'coca' in m)}"
             )
         if not Path(weights).is_file() and is_offline(offline):
             raise BackendError(f"CoCa weights {name}/{weights}: not downloaded with --offline: name a local file with --weights FILE")
@@ -46,7 +46,7 @@ class CoCa:
             self.network, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=weights, device=device)
         except Exception as err:  # no such tag, no network, a file of something else: open_clip has no error of its own
             said = " ".join(str(err).split())[:200] or type(err).__name__
-            raise BackendError(f"--weights {weights}: not to be had as weights of {name}: {said}") from err
+            raise BackendError(f"--weights {weights}: could not be loaded as weights of {name}: {said}") from err
         self.network.requires_grad_(False).eval()
         self.model: str | None = f"{name}/{Path(weights).name}"
         self.decode: Any = open_clip.get_tokenizer(name).decode

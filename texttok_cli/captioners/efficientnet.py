@@ -79,7 +79,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_efficientnet(*, device: torch.device | str = "cpu", offline: bool = False) -> EfficientNetLite0:
-    """With its ImageNet weights, frozen. Raises BackendError if they are not to be had."""
+    """With its ImageNet weights, frozen. Raises BackendError if they are not available."""
     weights = load_torch_weights(resolve("efficientnet-lite0", offline=offline))
     model = EfficientNetLite0()
     model.load_state_dict({re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in weights.items()})  # the file's begin with _

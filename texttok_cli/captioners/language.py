@@ -53,7 +53,7 @@ class LocalLanguageModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **local)
             network, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, weights_only=True, output_loading_info=True, **local)
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole model?")
+            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the model complete?")
         self.network: Any = network.to(device).eval()
         self.model = Path(name).name if Path(name).exists() else name
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow as captions come: what stands in them is not made again."""
+"""Files of JSON lines that grow as captions come: what is in them is not made again."""
 
 from __future__ import annotations
 

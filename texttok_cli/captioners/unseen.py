@@ -157,7 +157,7 @@ def _parsed(class_name: str, caption: str) -> tuple[str, Attributes]:
     if found is None:
         raise DataError(
             f"class {class_name}: a caption without measured attributes ({caption[:60]!r}): caption the images with --captioner"
-            " class-measured or classifier first, take --caption-field measured, or let a language model write: --writer"
+            " class-measured or classifier first, use --caption-field measured, or let a language model write: --writer"
         )
     return found
 

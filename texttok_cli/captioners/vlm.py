@@ -57,9 +57,9 @@ class VisionLanguageModel:
                 name, dtype=dtype, weights_only=True, output_loading_info=True, **placed, **local
             )
         if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole model?")
+            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the model complete?")
         if getattr(self.processor.whole, "num_query_tokens", 0) is None:  # of BLIP-2's kind, from before the image had places in the text
-            raise BackendError(f"--model {name}: its processor has no num_query_tokens, so the image would get lost: take a newer revision")
+            raise BackendError(f"--model {name}: its processor has no num_query_tokens, so the image would get lost: use a newer revision")
         self.network: Any = model.eval().requires_grad_(False) if placed else model.eval().requires_grad_(False).to(device)
         self.model: str | None = Path(name).name if Path(name).exists() else name
         self.max_tokens = max_tokens
@@ -70,7 +70,7 @@ class VisionLanguageModel:
         try:
             return self._write([subject.image for subject in subjects])
         except torch.OutOfMemoryError:
-            raise BackendError(f"{self.model}: out of memory with {len(subjects)} images at once; take a smaller --batch-size") from None
+            raise BackendError(f"{self.model}: out of memory with {len(subjects)} images at once; use a smaller --batch-size") from None
         except ValueError as err:  # how processors refuse an image, say a very narrow one: the others must not lose their captions
             if len(subjects) == 1:
                 return [CaptionFailed(f"the model's processor refuses it: {' '.join(str(err).split())}")]

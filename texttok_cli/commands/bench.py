@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from texttok_cli.bench.results import LatencyResult
     from texttok_cli.bench.task import Task
 
-bench = typer.Typer(help="Measure speed, speed against quality, and make reports of it.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed, measure speed against quality, and report the results.", no_args_is_help=True)
 PART_NAMES = ("text", "encode", "decode", "generate", "load", "train", "eval", "caption")
 SIZES = (256, 512)
 UNUSED_BY_TARGETS = ("part", "tokens", "image_size", "generator", "steps", "cfg")
@@ -27,17 +27,20 @@ def latency(
     context: typer.Context,
     part: Annotated[list[str] | None, typer.Option(help=f"What to time, repeatable: {', '.join(PART_NAMES)}; default all.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "32,64,128,256",
-    image_size: Annotated[str, typer.Option(help="256, 512, or both with a comma.")] = "256",
+    image_size: Annotated[str, typer.Option(help="256, 512, or both separated by a comma.")] = "256",
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,32",
     generator: Annotated[Literal["L", "XL"], typer.Option(help="Size of the DiT.")] = "L",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 250,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm++2m.")] = "ddpm",
-    cfg: Annotated[str, typer.Option(help="Guidance, as `texttok sample --cfg`; 1 is none.")] = "1.5",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the models.")] = "bf16",
-    warm_up: Annotated[int, typer.Option(min=0, help="Runs that are not counted.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs that are; the median is taken.")] = 5,
+    cfg: Annotated[str, typer.Option(help="Guidance, as in `texttok sample --cfg`; 1 means none.")] = "1.5",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the models.")] = "bf16",
+    warm_up: Annotated[int, typer.Option(min=0, help="Warm-up runs, not counted.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is reported.")] = 5,
     clock: Annotated[Literal["wall", "cpu"], typer.Option(help="cpu: processor time of one thread, for a machine in use.")] = "wall",
-    targets: Annotated[bool, typer.Option("--targets", help="Instead: how near the machine's limit, as ratios against targets.")] = False,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="Instead, report how close the program comes to the hardware limit, as ratios against targets."),
+    ] = False,
     out: OutOption = None,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
@@ -46,8 +49,9 @@ def latency(
 ) -> None:
     """Time every part of the pipeline with models of the paper's sizes and random weights.
 
-    Each row is a median with its quartiles. A part of the denoising steps, and on a CPU of a large batch, is run and multiplied,
-    and what does not fit into memory is not tried; rows say so. -o writes all of it as JSON, with the machine and the versions.
+    Each row is a median with its quartiles. Only part of the denoising steps, and on a CPU only part of a large batch, is run, and
+    the time is multiplied; what does not fit into memory is not tried. The rows affected are marked. -o writes everything as JSON,
+    with the machine and the versions.
     """
     import torch
 
@@ -92,19 +96,19 @@ def latency(
 @bench.command()
 def tradeoff(
     spec: Annotated[Path, typer.Argument(help="A YAML file: series of generators with their steps, samplers and guidance.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the points, the result and the plots.")],
-    ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="References of the FID, in the place of the spec's.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the points, the result and the plots.")],
+    ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="References of the FID, instead of the spec's.")] = None,
     paper_size: Annotated[Literal["256", "512"], typer.Option(help="Which of the paper's curves is drawn beside ours.")] = "256",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the models.")] = "bf16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the models.")] = "bf16",
     device: DeviceOption = "auto",
     offline: OfflineOption = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Sweep settings of generators: seconds an image against FID, and what follows (Fig. 4 of the paper).
+    """Sweep settings of generators: seconds per image against FID, and what follows from them (Fig. 4 of the paper).
 
-    Every point is kept as soon as it is measured; the same command again goes on. DIR gets NAME.json, NAME.png and NAME.svg.
+    Every point is saved as soon as it is measured; rerun the same command to continue. DIR gets NAME.json, NAME.png and NAME.svg.
     """
     from texttok_cli.bench.plots import plot_tradeoff
     from texttok_cli.bench.report import tradeoff_tables
@@ -143,7 +147,7 @@ def tradeoff(
 
 @bench.command()
 def report(
-    inputs: Annotated[list[Path], typer.Argument(help="Result files, or folders of them: of `bench` and of `eval -o`.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Result files of `bench` and of `eval -o`, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for report.md, report.html and the plots.")],
     quiet: QuietOption = False,
     json: JsonOption = False,

@@ -43,8 +43,8 @@ def decode(
     """Turn tokens back into images.
 
     A token file carries its captions and names its model, so nothing else is needed. Without OUT, IMAGE.tok.safetensors gives
-    IMAGE.rec.png beside it and a folder of shards a folder NAME.rec; OUT is a folder, or for one image a .png file. What is
-    there under these names is replaced, but never the very image that was encoded.
+    IMAGE.rec.png beside it, and a folder of shards gives a folder NAME.rec; OUT is a folder, or for one image a .png file. Existing
+    files of these names are replaced, but never the very image that was encoded.
     """
     from texttok_cli.console import emit, progress
 

@@ -37,12 +37,12 @@ def encode(
     caption: Annotated[str | None, typer.Option(help="The caption, if the input is one image.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl.")] = None,
     caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
-    no_caption: Annotated[bool, typer.Option("--no-caption", help="Use the empty condition, and record that.")] = False,
+    no_caption: Annotated[bool, typer.Option("--no-caption", help="Use the empty condition, and record it.")] = False,
     out: OutOption = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also the tokens of every mirrored image, into the same folder.")] = False,
     dtype: Annotated[
         Literal["fp16", "fp32", "int8"] | None,
-        typer.Option(help="How latents are stored: fp16 unless said. Codes of a VQ model are integers."),
+        typer.Option(help="How latents are stored: default fp16. Codes of a VQ model are integers."),
     ] = None,
     model: ModelOption = "texttok-32-128",
     device: DeviceOption = "auto",
@@ -56,8 +56,8 @@ def encode(
     """Turn images into tokens.
 
     An image file gives IMAGE.tok.safetensors beside it, or in the folder or as the file OUT. A folder, manifest, shard
-    or list gives shards of tokens and an index.json in the folder OUT. What is there already, made from the same image
-    and caption by the same model, is skipped: run the command again after an interruption. The batch size changes no
+    or list gives shards of tokens and an index.json in the folder OUT. Tokens that are there already, made from the same
+    image and caption by the same model, are skipped: rerun the command after an interruption. The batch size changes no
     latent by more than 1e-4 (fp32).
     """
     from texttok_cli.commands.encode_jobs import Files, Folder
@@ -73,7 +73,7 @@ def encode(
     target = _target(inputs, dataset, out)
     tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
     if tokenizer.text_condition is None and (caption is not None or captions is not None):
-        raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or take a model with text")
+        raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or use a model with text")
     texts = _texts(tokenizer, dataset, caption=caption, caption_field=caption_field, no_caption=no_caption)
     stored = tokenizer.token_dtype(dtype)
     if flips and not isinstance(target, Path):

@@ -56,7 +56,7 @@ class Files(Job):
         try:
             header = load_token_header(self.files[index])
         except TokenFileError:
-            return False  # damaged: written anew
+            return False  # damaged: written again
         recorded = (header.input_sha256, header.captions, header.model_sha256, header.dtype)
         same = recorded == ([sha256], None if caption is None else [caption], self.tokenizer.info.sha256, self.dtype)
         if same:

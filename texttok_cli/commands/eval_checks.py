@@ -31,9 +31,9 @@ def check_used(given: Mapping[str, str], names: Sequence[str]) -> None:
     else:
         _refuse(given, ("ref",), "goes with --samples; a model's references are the images that it reconstructs")
     if not clip:
-        _refuse(given, ("clip", "clip_weights"), "says which CLIP is asked: add --metric clip-score, or leave it out")
+        _refuse(given, ("clip", "clip_weights"), "says which CLIP is used: add --metric clip-score, or leave it out")
     if not uses_inception(names) and "save_stats" not in given:
-        _refuse(given, ("resize", "inception"), "is about InceptionV3, which none of these metrics asks: leave it out")
+        _refuse(given, ("resize", "inception"), "is about InceptionV3, which none of these metrics uses: leave it out")
     if "html" not in given:
         _refuse(given, ("gallery",), "is about the page that --html writes")
 
@@ -53,7 +53,7 @@ def check_targets(targets: Mapping[str, Path | None]) -> None:
             raise DataError(f"{option} {path}: is a folder; name a file in it")
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not folder.is_dir():
-            raise DataError(f"{option} {path}: {folder} is no folder")
+            raise DataError(f"{option} {path}: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise DataError(f"{option} {path}: {folder} can't be written to")
         other = taken.setdefault(path.resolve(), option)
@@ -70,7 +70,7 @@ def check_images_suffice(names: Sequence[str], subject: Subject, *, statistics: 
         missing = {need for need in metric.needs if need not in subject.given} if metric.reference else set()
         if metric.reference and subject.references is None and (missing or not metric.needs):
             if subject.given:
-                raise DataError(f"{name}: {subject.card['reference']} has not the statistics it needs, and no images")
+                raise DataError(f"{name}: {subject.card['reference']} has neither the statistics it needs nor images")
             raise DataError(f"{name}: needs references: name their images, or for fid and sfid their statistics, with --ref")
     if statistics and len(subject.measured.ids) < 2:
         raise DataError("--save-stats: a covariance needs 2 images or more")

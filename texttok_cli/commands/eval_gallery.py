@@ -44,7 +44,7 @@ def pick_examples(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], 
 
 
 def by_rank(quality: Tensor, each: int) -> dict[str, list[int]]:
-    """Indices of the best, of those in the middle and of the worst of n values, best first; no index stands in two ranks."""
+    """Indices of the best, of those in the middle and of the worst of n values, best first; no index is in two ranks."""
     order: list[int] = quality.argsort(descending=True, stable=True).tolist()
     n = len(order)
     each = min(each, -(-n // 3))

@@ -37,7 +37,7 @@ def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Res
         result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
         warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
         if metric.in_order and subject.classes is not None and few_classes_a_block(subject.classes):
-            warnings.append("the samples are sorted by class, so that a block of 5,000 has few of them: too low; take is-shuffled")
+            warnings.append("the samples are sorted by class, so a block of 5,000 has few classes: too low; use is-shuffled")
         results.append(result.model_copy(update={"warnings": warnings}))
     return results
 
@@ -48,10 +48,10 @@ def _unlike_protocol(protocol: ProtocolName | None, card: Card, *, reference: bo
         return []
     fixed, warnings = PROTOCOLS[protocol], list[str]()
     if card.n != fixed.images:
-        warnings.append(f"{card.n:,} images: protocol {protocol} is of {fixed.images:,}")
+        warnings.append(f"{card.n:,} images: protocol {protocol} takes {fixed.images:,}")
     for what, found, wanted in (("split", card.split, fixed.split if reference else None), ("labels", card.labels, fixed.labels)):
         if wanted is not None and found not in (wanted, wanted + DECLARED):
-            warnings.append(f"{what}: {found}; protocol {protocol} is of: {wanted}")
+            warnings.append(f"{what}: {found}; protocol {protocol} has: {wanted}")
     return warnings
 
 
@@ -121,14 +121,14 @@ def write_page(path: Path, report: Report, examples: Sequence[Example]) -> None:
 
 
 def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) -> None:
-    """A table on stdout; on stderr what is unlike. Exit code 1 then, as such numbers don't say which is better."""
+    """A table on stdout; on stderr what differs. Exit code 1 then, as such numbers don't say which is better."""
     from texttok_cli.console import emit, say
     from texttok_cli.metrics.report import by_samples, compare, load_report
 
     parts = [(path, by_samples(load_report(path))) for path in paths]
     reports = [part for _, found in parts for part in found]
     if len(reports) < 2:
-        raise DataError(f"--compare {paths[0]}: one report alone; give --compare twice or more")
+        raise DataError(f"--compare {paths[0]}: only one report; give --compare at least twice")
     names = [path.stem if len(found) == 1 else f"{path.stem}: {_name(part)}" for path, found in parts for part in found]
     rows = compare(reports)
     if html is not None:
@@ -139,10 +139,10 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
         print_table(names, rows)
     for row in rows:
         for name, values in row.unlike.items():
-            say(f"{row.metric}: unlike {name}: {' | '.join(map(str, values))}")
+            say(f"{row.metric}: different {name}: {' | '.join(map(str, values))}")
     unlabelled = [row.metric for row in rows if _labels_unknown(row)]
     if unlabelled:
-        say(f"{', '.join(unlabelled)}: how labels were drawn is not known of any of these samples, so it may be unlike")
+        say(f"{', '.join(unlabelled)}: how labels were drawn is not known for any of these samples, so it may differ")
     if any(row.unlike for row in rows):
         raise typer.Exit(1)
 
@@ -154,7 +154,7 @@ def print_table(names: Sequence[str], rows: Sequence[Row]) -> None:
     lines = [["", *names]]
     for row in rows:
         lines.append(
-            [row.metric + " (unlike)" * bool(row.unlike), *("" if result is None else result.readable() for result in row.results)]
+            [row.metric + " (differs)" * bool(row.unlike), *("" if result is None else result.readable() for result in row.results)]
         )
     print_columns(lines)
 

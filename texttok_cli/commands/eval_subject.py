@@ -63,7 +63,7 @@ def load_models(models: Sequence[str], *, device: str, precision: Literal["fp32"
         else:
             loaded.append(load_baseline(name, device=device, offline=offline))
         if loaded[-1].info.sha256 in [model.info.sha256 for model in loaded[:-1]]:
-            raise DataError(f"--model {name}: is there twice")
+            raise DataError(f"--model {name}: is given twice")
     return loaded
 
 
@@ -140,7 +140,7 @@ def _common_size(models: Sequence[Model], size: int | None) -> int:
     for other, other_side in own[1:]:
         if other_side != side:
             raise DataError(
-                f"{name} takes images of {side} pixels and {other} of {other_side}: measure them apart, and --compare the reports"
+                f"{name} takes images of {side} pixels and {other} of {other_side}: measure them separately, and --compare the reports"
             )
     return side
 
@@ -223,10 +223,10 @@ def _matched(references: Dataset, samples: Images) -> Dataset:
     by_name = {_stem(item.id): item for item in references.items}
     if len(by_name) < len(references.items):
         twice = next(name for name, n in Counter(_stem(item.id) for item in references.items).items() if n > 1)
-        raise DataError(f"{twice}: two references have this name, but for its ending; a sample could belong to either")
+        raise DataError(f"{twice}: two references differ only in file extension; a sample could belong to either")
     unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
     if unmatched:
-        raise DataError(f"{unmatched[0]}: no reference of that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
+        raise DataError(f"{unmatched[0]}: no reference with that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
     return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
 
 
@@ -244,7 +244,7 @@ def _check_pairs(subject: Subject, ref: str | None) -> None:
     if references is None or samples is None:
         raise DataError(f"{ref or '--ref'}: these metrics compare each sample with its original: give images with --ref")
     if len(samples.ids) != len(references.ids):
-        raise DataError(f"{len(samples.ids):,} samples and {len(references.ids):,} references: there must be as many")
+        raise DataError(f"{len(samples.ids):,} samples and {len(references.ids):,} references: the numbers must be equal")
     if samples.size != references.size:
         raise DataError(f"samples of {samples.size} and references of {references.size} pixels a side can't be compared")
 

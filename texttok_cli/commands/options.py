@@ -9,11 +9,11 @@ import typer
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")]
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Where to write.")]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute; auto takes a GPU if there is one.")]
-PrecisionOption = Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the model.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
+PrecisionOption = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the model.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages but errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages except errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Results as one JSON object on stdout.")]
 # In every command for its help alone: main reads it, as it must before a command is parsed.
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -29,24 +29,26 @@ def sample(
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What the images show, for a text-to-image model; repeatable.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; of a .jsonl file the `caption` of each line.")
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one per line; for a .jsonl file, the `caption` of each line.")
     ] = None,
     labels: Annotated[
         Labels | None,
-        typer.Option(help="Sample over all classes: of each equally many, or in proportion to its training images. -n is then the total."),
+        typer.Option(help="Sample all classes: the same number per class, or proportional to its training images. -n is then the total."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="Images of each class or prompt; with --labels of all classes together.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     sampler: Annotated[
-        str | None, typer.Option(help="ddpm (default), ddim or dpm++2m; of a flow model heun (default) or euler.", show_default=False)
+        str | None, typer.Option(help="ddpm (default), ddim or dpm++2m; for a flow model heun (default) or euler.", show_default=False)
     ] = None,
     cfg: Annotated[
-        str, typer.Option(metavar="CFG", help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T); 1 is none.")
+        str, typer.Option(metavar="CFG", help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T); 1 means none.")
     ] = "1.5",
     guide: Annotated[
-        str | None, typer.Option(metavar="G", help="A weaker generator to guide by, in the place of the null condition.")
+        str | None, typer.Option(metavar="G", help="A weaker generator for autoguidance, instead of the null condition.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i has the seed SEED + i: for images unlike those of a run of N, add N.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Image i has the seed SEED + i: to continue a run of N images with new ones, use SEED + N.")
+    ] = 0,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", metavar="G", help="A generator: a bundled name, a file, hf://owner/name; else the bundled one."),
@@ -68,11 +70,11 @@ def sample(
 ) -> None:
     """Make images of classes or prompts.
 
-    Every image depends on its seed and what is asked for, not on the batch size. Run the same command again after an
-    interruption: what is there stays. Under `torchrun -m texttok_cli sample ...` the processes share the work.
+    Every image depends on its seed and on what is asked for, not on the batch size. Rerun the same command after an
+    interruption: existing images are kept. Under `torchrun -m texttok_cli sample ...` the processes share the work.
 
-    A class model whose tokenizer reads text: the tokens are made of the class alone, and the detokenizer gets a caption of
-    that class which no training image has, drawn by the image's seed.
+    With a class model whose tokenizer reads text, the tokens are made from the class alone, and the detokenizer gets a caption
+    of that class that no training image has, drawn by the image's seed.
     """
     from texttok_cli.commands.sample_folder import SampleFolder
     from texttok_cli.console import emit, progress, say
@@ -83,7 +85,7 @@ def sample(
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
     if guide is not None and parse_cfg(cfg).scale == 1:
-        raise DataError(f"--guide {guide}: would not be used, as --cfg {cfg} is no guidance: give another --cfg, or leave out --guide")
+        raise DataError(f"--guide {guide}: would not be used, as --cfg {cfg} means no guidance: give another --cfg, or leave out --guide")
     processes = Processes()
     generator = load_generator(
         model or bundled_generator("class" if texts is None else "text"),
@@ -190,7 +192,7 @@ def _summary(generator: Generator, requests: Sequence[Request], folder: SampleFo
     leaked = sum(request.leaked for request in requests)
     if leaked:
         summary["with_leaked_captions"] = leaked
-        say(f"captions that stand in the generator's training data: {leaked:,} of the {len(requests):,} images are decoded with one")
+        say(f"captions that are in the generator's training data: {leaked:,} of the {len(requests):,} images are decoded with one")
     return summary
 
 

@@ -73,7 +73,7 @@ class SampleFolder:
                 file.write(json.dumps({"id": self._id(i), **place, **about(i)}) + "\n")
 
     def finish(self, *, labels: Sequence[int] | None, columns: int) -> None:
-        """The grid, and of format npz the one file in the place of the many. DataError unless all images are there."""
+        """The grid, and of format npz the one file instead of the many. DataError unless all images are there."""
         if self.missing():
             raise DataError(f"{self.path}: {len(self.missing()):,} images are missing; all processes must write to the same folder")
         if not self.npz.exists():

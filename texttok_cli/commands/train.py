@@ -24,7 +24,7 @@ def train(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a tokenizer or a generator as a recipe says. The same command again resumes an interrupted run.
+    """Train a tokenizer or a generator as a recipe says. Rerun the same command to resume an interrupted run.
 
     A tokenizer is trained on images, a generator on folders of tokens that `texttok encode DATASET -o FOLDER` wrote.
     """

@@ -46,7 +46,7 @@ def load_image(data: bytes, *, name: str) -> Image.Image:
     try:
         image = _open(data)
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image, or of a kind that can't be read ({', '.join(KINDS)} can)") from None
+        raise DataError(f"{name}: not an image, or in a format that can't be read ({', '.join(KINDS)} can)") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: over the limit of {MAX_PIXELS:,} pixels; scale it down first") from None
     except DAMAGED as err:
@@ -93,7 +93,7 @@ def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
     """Scale to 8 bits; Pillow's own conversion clips at 255."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise DataError(f"{name}: its pixels are floating point or 32-bit numbers, of no agreed range; save it with 8 or 16 bits")
+        raise DataError(f"{name}: its pixels are floating point or 32-bit numbers, with no agreed range; save it with 8 or 16 bits")
     return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
 
 

@@ -53,7 +53,7 @@ class LatentStore:
             if not filled:  # whole at once: parts put together at the end would take twice the memory
                 z = torch.empty(sum(shard.images for index in indices.values() for shard in index.shards), *part.z.shape[1:], dtype=dtype)
             if part.z.shape[1:] != z.shape[1:]:
-                raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not of one tokenizer; encode again")
+                raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not from one tokenizer; encode again")
             z[filled : filled + len(part)] = part.z
             filled += len(part)
             ids += part.header.ids

@@ -69,7 +69,7 @@ class SampleStream:
             self._epoch = epoch
 
     def substitute(self, position: int, attempt: int) -> int:
-        """The dataset index that stands in for a damaged image at this position, at the given attempt (1 to MAX_REDRAWS)."""
+        """The dataset index that replaces a damaged image at this position, at the given attempt (1 to MAX_REDRAWS)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position * 101 + attempt)
         return int(torch.randint(self.n, (1,), generator=generator))
 

@@ -36,7 +36,7 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
         if member.offset_data + member.size > size:
             yield Skipped(key, f"{path.name} is cut short within this image")
         elif index.broken and not texts and (index.texts or key == last):
-            yield Skipped(key, f"{path.name} is cut short behind this image, where its caption may have been")
+            yield Skipped(key, f"{path.name} is cut short after this image, where its caption may have been")
         elif not isinstance(info, dict):
             yield Skipped(key, f"its .json in {path.name} is damaged")
         else:

@@ -87,7 +87,7 @@ def _with_unique_ids(found: list[tuple[str, Item]]) -> list[Item]:
     items = [replace(item, id=_id_with_source(source, item)) if item.id in shared else item for source, item in found]
     twice = [item_id for item_id, n in Counter(item.id for item in items).items() if n > 1]
     if twice:
-        raise DataError(f"{twice[0]}: {len(twice)} ids stand for more than one image of these inputs; give each an id of its own")
+        raise DataError(f"{twice[0]}: {len(twice)} ids are used for more than one image of these inputs; give each image its own id")
     return items
 
 

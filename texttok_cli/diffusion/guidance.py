@@ -63,7 +63,7 @@ def _check(guidance: Guidance, text: str) -> None:
     if guidance.power is not None and guidance.power <= 0:
         raise RecipeError(f"cfg {text!r}: the power must be greater than 0")
     if guidance.interval is not None and not 0 <= guidance.interval[0] < guidance.interval[1] <= 1:
-        raise RecipeError(f"cfg {text!r}: the interval is a part of t/T, two numbers that rise between 0 and 1")
+        raise RecipeError(f"cfg {text!r}: the interval is a range of t/T, two increasing numbers between 0 and 1")
 
 
 def _number(value: str, text: str) -> float:

@@ -24,7 +24,7 @@ HESSEL_PREFIX = "A photo depicts "  # CLIPScore (Hessel et al., 2021) puts it be
 class ClipScorer:
     """A frozen CLIP; `truncated` counts the captions it could not read to their end (77 tokens in the published ones).
 
-    `weights` is a local file, or one of open_clip's tags, which is downloaded. Raises BackendError if they are not to be had.
+    `weights` is a local file, or one of open_clip's tags, which is downloaded. Raises BackendError if they are not available.
     """
 
     def __init__(

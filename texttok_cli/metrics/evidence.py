@@ -52,7 +52,7 @@ class Rows:
 class Side:
     """The samples or the references: as much of their features as the metrics at hand need.
 
-    `given` holds statistics that a file brought, in the place of what would be summed up.
+    `given` holds statistics that a file brought, instead of what would be summed up.
     """
 
     def __init__(self, needs: Set[Need], given: Mapping[str, Gaussian] | None = None) -> None:

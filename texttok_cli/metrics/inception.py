@@ -32,7 +32,7 @@ class Features:
 
 
 class FidInception(nn.Module):
-    """The frozen network, in float32 whatever the caller computes in. Raises BackendError if the weights are not to be had.
+    """The frozen network, in float32 whatever the caller computes in. Raises BackendError if the weights are not available.
 
     `head` asks for logits, which need the whole network's file as torch-fidelity and pytorch-fid publish it (`weights`: its
     path, else cached or downloaded); the file that comes with a package ends at pool_3. `sha256` is of the file in use.

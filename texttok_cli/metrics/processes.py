@@ -97,7 +97,7 @@ def _truncated(evaluator: Evaluator) -> int:
 def _restore(evaluator: Evaluator, state: Path, identity: Mapping[str, Any]) -> int:
     header, tensors = load_safetensors(state, error=DataError)
     if header.get("identity") != identity:
-        raise DataError(f"{state}: is the state of another evaluation; remove it to start anew, or give this one another -o OUT")
+        raise DataError(f"{state}: is the state of another evaluation; remove it to start again, or give this one another -o OUT")
     evaluator.evidence.load(tensors)
     if evaluator.clip is not None:
         evaluator.clip.truncated = header["truncated"]

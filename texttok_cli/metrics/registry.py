@@ -26,7 +26,7 @@ from texttok_cli.metrics.image import SSIM_GAUSSIAN, SSIM_UNIFORM
 from texttok_cli.metrics.statistics import frechet_distance
 
 Score = tuple[float, float | None]  # value and, where the rule has one, its spread
-Network = Literal["inception", "lpips", "clip", ""]  # whose weights the number hangs on
+Network = Literal["inception", "lpips", "clip", ""]  # whose weights the number depends on
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Metric:
     reference: bool = True  # compares with references
     reconstruction: bool = False  # has its meaning between images and their reconstructions alone
     least_side: int = 1  # of the samples, in pixels
-    in_order: bool = False  # hangs on the order of the samples
+    in_order: bool = False  # depends on the order of the samples
 
 
 def _frechet(name: Literal["pool", "spatial"]) -> Callable[[Evidence], Score]:
@@ -52,7 +52,7 @@ def _frechet(name: Literal["pool", "spatial"]) -> Callable[[Evidence], Score]:
 
 
 def _fid(reconstruction: bool = False) -> Metric:
-    why = "covariances of 2,048 features have no full rank up to 2,048 images, and FID falls with n up to some 50,000"
+    why = "covariances of 2,048 features do not have full rank up to 2,048 images, and FID falls with n up to some 50,000"
     rule = "Fréchet distance of pool_3 (2048), unbiased covariances, float64"
     return Metric(rule, _frechet("pool"), frozenset({"pool"}), "inception", 2, 2049, why, reconstruction=reconstruction)
 
@@ -67,7 +67,7 @@ def _inception_score(
         "inception",
         least,
         50_000,
-        "published Inception Scores are of 50,000 images, and fewer give another number",
+        "published Inception Scores are of 50,000 images, and fewer give a different number",
         reference=False,
         reconstruction=reconstruction,
         in_order=in_order,
@@ -129,7 +129,7 @@ METRICS: dict[str, Metric] = {
         "inception",
         2,
         2024,
-        "covariances of 2,023 features have no full rank up to 2,023 images",
+        "covariances of 2,023 features do not have full rank up to 2,023 images",
     ),
     "kid": Metric(
         "unbiased MMD^2, kernel (x.y/2048 + 1)^3, 100 random subsets of 1,000 (seed 0), mean and spread",

@@ -1,4 +1,4 @@
-"""The report: every number with its protocol card, and the comparison of reports, which says where cards are unlike."""
+"""The report: every number with its protocol card, and the comparison of reports, which says where cards differ."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def by_samples(report: Report) -> list[Report]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A metric in every report (None: not in it), and in which fields their cards are unlike: name -> the values, in order."""
+    """A metric in every report (None: not in it), and in which fields their cards differ: name -> the values, in order."""
 
     metric: str
     results: list[Result | None]

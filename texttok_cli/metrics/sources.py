@@ -58,7 +58,7 @@ class FileImages(Images):
 
     def __init__(self, dataset: Dataset, *, crop_to: int | None = None) -> None:
         if dataset.skipped:
-            raise DataError(f"{dataset.skipped[0].id}: {dataset.skipped[0].reason}; an evaluation needs every image: mend or remove it")
+            raise DataError(f"{dataset.skipped[0].id}: {dataset.skipped[0].reason}; an evaluation needs every image: fix or remove it")
         self.dataset, self.stored = dataset, crop_to is None
         self.ids = [item.id for item in dataset.items]
         first = load_image(dataset.read(0), name=self.ids[0])
@@ -110,7 +110,7 @@ class NpzImages(Images):
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
             raise DataError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, S, S, 3)")
         if not whole:
-            raise DataError(f"{path}: arr_0 has not the size of uint8 {shape}: damaged or cut short")
+            raise DataError(f"{path}: arr_0 does not have the size of uint8 {shape}: damaged or cut short")
         self.size = shape[1]
         self.ids = [str(number) for number in range(shape[0])]
 
@@ -228,4 +228,4 @@ def _gaussian(path: Path, kind: str, mean: Any, covariance: Any, n: int | None) 
 
 
 def _refuse(image_id: str, reason: str) -> NoReturn:
-    raise DataError(f"{image_id}: {reason}; an evaluation needs every image: mend or remove it")
+    raise DataError(f"{image_id}: {reason}; an evaluation needs every image: fix or remove it")

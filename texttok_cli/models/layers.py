@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 def in_precision(model: Model, precision: Literal["fp32", "bf16"]) -> Model:
-    """The model itself, for bf16 with its linear layers rounded once, as autocast would round them anew in every call.
+    """The model itself, for bf16 with its linear layers rounded once, as autocast would round them again in every call.
 
     For inference alone: what it computes under autocast does not change.
     """

@@ -38,7 +38,7 @@ class TextEncoder(Protocol):
 
 
 def load_text_encoder(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TextEncoder:
-    """The encoder a config names, on `device`. Raises BackendError if its weights are not to be had or don't fit the config."""
+    """The encoder a config names, on `device`. Raises BackendError if its weights are not available or don't fit the config."""
     # One import a kind: transformers takes seconds, and only two of them need it.
     if config.kind == "hash":
         from texttok_cli.text.hashed import HashEncoder

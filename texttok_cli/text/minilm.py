@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, the default text encoder: small, and to be had without a network.
+"""all-MiniLM-L6-v2, the default text encoder: small, and available without a network.
 
 Letters: B batch, T text tokens, C width, H heads.
 """
@@ -68,7 +68,7 @@ class MiniLM(nn.Module):
 
 
 def load_minilm(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TransformerEncoder:
-    """All-MiniLM-L6-v2's token states (384 wide). Raises BackendError if it is not to be had or the config asks for another shape."""
+    """All-MiniLM-L6-v2's token states (384 wide). Raises BackendError if it is not available or the config asks for another shape."""
     bert = json.loads(resolve("minilm-config", offline=offline).read_text(encoding="utf-8"))
     width, longest = bert["hidden_size"], bert["max_position_embeddings"]
     if config.dim != width:

@@ -32,7 +32,7 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", of
     """A T5 encoder by hub name or local folder (`config.name`), every batch padded to `config.max_tokens`.
 
     Precision is fp32 or bf16: in fp16 T5's feed-forward layers overflow. The hub is asked for what is not cached, unless
-    offline. Raises BackendError if the model is not to be had, is not a T5, is incomplete or has another width than `config.dim`.
+    offline. Raises BackendError if the model is not available, is not a T5, is incomplete or has another width than `config.dim`.
     """
     name = str(config.name)
     local = is_offline(offline)
@@ -47,7 +47,9 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", of
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # the hub's errors are OSErrors too
         raise BackendError(_not_found(name, offline=local, error=error)) from error
     if report["missing_keys"]:
-        raise BackendError(f"text encoder {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is it a whole T5 model?")
+        raise BackendError(
+            f"text encoder {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the T5 model complete?"
+        )
     return TransformerEncoder(config, _States(model), tokenizer, device=device, pad_id=shape.pad_token_id, fixed_length=True)
 
 
@@ -76,9 +78,7 @@ def _not_found(name: str, *, offline: bool, error: object = "") -> str:
     if offline:
         return f"text encoder {name}: neither a folder nor in the hub cache: give a local folder as its name, or run once without --offline"
     reason = str(error).partition("\n")[0]
-    return (
-        f"text encoder {name}: no folder, and not to be had from the hub; check the name and the network, or give a local folder ({reason})"
-    )
+    return f"text encoder {name}: not a folder, and not found on the hub; check the name and the network, or give a local folder ({reason})"
 
 
 # T5 v1.1's encoders: width, width of the gated feed-forward, layers, heads of 64 channels.

@@ -68,7 +68,7 @@ class Engine:
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         if device not in ("auto", self.device.type):
-            raise BackendError(f"--device {device}: training takes {self.device.type} on this machine; leave it out, or take cpu")
+            raise BackendError(f"--device {device}: training uses {self.device.type} on this machine; leave it out, or use cpu")
         self.sharded: bool = self.accelerator.is_fsdp2
         whole_models = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in whole_models and not (sharding and self.sharded):

@@ -70,7 +70,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     if engine.sharded:
         report.message(f"weights split over {engine.world_size} processes (FSDP2)")
     if not loader.resident:
-        report.message("the latents stay in the machine's memory: they would take too much of the GPU's")
+        report.message("the latents stay in CPU memory: they would use too much GPU memory")
     preview: _Preview | None = None
     if len(stores) > 1 and recipe.training.grid_images and engine.is_main:
         preview = _Preview(recipe, engine, stores[1], known.conditioners[1], load_tokenizer_file(file, device=engine.device)[0], offline)

@@ -38,7 +38,7 @@ class GeneratorTask:
         if not isinstance(recipe.model.latents, TokenLatents):
             raise RecipeError("model.latents: texttok trains generators on tokens; of a feature map it reads the original DiT's weights")
         if engine.sharded and recipe.optimizer.kind == "muon":
-            raise RecipeError("optimizer.kind muon orthogonalises whole matrices, FSDP2 splits them: take adamw")
+            raise RecipeError("optimizer.kind muon orthogonalises whole matrices, FSDP2 splits them: use adamw")
         self.recipe, self.engine, self.condition = recipe, engine, condition
         self.process = build_process(recipe.model.process)
         torch.manual_seed(recipe.training.seed)  # the initial weights

@@ -52,7 +52,7 @@ def train(
     validate: Callable[[int], dict[str, float]],
     on_step: Callable[[int, dict[str, float]], None],
 ) -> int:
-    """Train to the recipe's last step, from the newest state in the run folder; returns the step it began at.
+    """Train to the recipe's last step, from the newest state in the run folder; returns the step it started at.
 
     `batches(k)` yields batches from the k-th on; `validate(step)` is called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
@@ -119,7 +119,7 @@ def _steps(
                 run.save_state(done, state)
             engine.wait()
         if stopping and done < steps:
-            raise Interrupted(f"stopped at step {done}; the same command goes on from there")
+            raise Interrupted(f"stopped at step {done}; the same command resumes from there")
         if _validates(recipe, done):
             with clock.paused():
                 _validate(done, validate, engine, run)

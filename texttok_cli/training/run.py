@@ -60,7 +60,9 @@ class RunFolder:
             try:  # by the schema: a field that is new since then has the value that it had before there was one
                 old = type(recipe).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
             except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
-                raise RecipeError(f"{file}: is no recipe of this task and version, so its run can't go on; choose another --out") from None
+                raise RecipeError(
+                    f"{file}: is not a recipe of this task and version, so its run can't be resumed; choose another --out"
+                ) from None
             if old != recipe:
                 keys = _differing_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
                 raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")

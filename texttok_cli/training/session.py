@@ -111,7 +111,7 @@ def _check_frozen(model: TexTok, start: TexTok, name: str) -> None:
     """TrainingError unless the frozen weights are those of `start`: the file of that name may have changed since a run began."""
     theirs = start.state_dict()
     if not all(p.requires_grad or torch.equal(p.cpu(), theirs[key]) for key, p in model.named_parameters()):
-        raise TrainingError(f"training.start_from: {name} is no longer the model that this run began with; bring that one back")
+        raise TrainingError(f"training.start_from: {name} is no longer the model that this run started from; restore that one")
 
 
 def _inception(engine: Engine, report: Reporter) -> FidInception | None:

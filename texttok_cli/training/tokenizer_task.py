@@ -187,7 +187,7 @@ class TokenizerTask:
             total += torch.stack([z.sum(0), z.square().sum(0)])
             count += len(z)
         if not count:
-            raise DataError("none of the training images that the latents' statistics are taken of can be read")
+            raise DataError("none of the training images that the latents' statistics are computed from can be read")
         mean = total[0] / count
         model.latent_mean.copy_(mean)
         model.latent_std.copy_((total[1] / count - mean**2).clamp_min(0).sqrt())
