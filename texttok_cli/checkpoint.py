@@ -132,7 +132,7 @@ def save_generator(
 
 
 def caption_hash(text: str) -> int:
-    """The first 8 bytes of its sha256 as a signed number: enough to tell whether a caption was trained on."""
+    """The first 8 bytes of the caption's sha256 as a signed number: enough to tell whether a caption was trained on."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 

@@ -97,12 +97,15 @@ class Generator:
         sampler: str | None = None,
         batch_size: int = 32,
     ) -> Tensor:
-        """Images uint8 (n, 3, S, S) on the CPU, one for each class or prompt; one class or prompt alone is for all seeds.
+        """Images uint8 (n, 3, S, S), 0 to 255, on the CPU, one for each class or prompt; one class or prompt alone is for all seeds.
 
         A class is its name (`flower/sunflower`, or `sunflower` if no other has that name) or id. Seeds are 0, 1, ... unless given;
-        the same seed gives the same image in any batch. `cfg` is the guidance: `1.5`, `3.8:power-cosine=4`, `1.8:interval=0,0.7`.
+        the same seed gives the same image in any batch. `sampler` None is the default of the model's process; `steps` is the number
+        of sampling steps, `batch_size` the number of images made at a time. `cfg` is the guidance: `1.5`, `3.8:power-cosine=4`,
+        `1.8:interval=0,0.7`.
 
-        Raises DataError for conditions that the model doesn't take, RecipeError for a sampling that can't be.
+        Raises DataError for conditions that the model doesn't take, RecipeError for a `cfg` that can't be read, and as
+        `generate` does.
         """
         wanted = self.requests(classes=_listed(classes), prompts=_listed(prompts), seeds=seeds)
         how = self.sampling(sampler, steps, cfg)
@@ -132,7 +135,11 @@ class Generator:
         return Sampling(sampler or FITTING[self.dit.cfg.process.kind][0], steps, parse_cfg(cfg))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
-        """One batch: images uint8 (B, 3, S, S) on the CPU."""
+        """One batch: images uint8 (B, 3, S, S) on the CPU.
+
+        Raises RecipeError for a sampler, a number of steps or a guide that doesn't fit the model, and for guidance by the null
+        condition of a model that never saw it.
+        """
         device, texts = self.tokenizer.device, [request.text or "" for request in requests]
         class_ids = [request.class_id for request in requests]
         z = sample(
@@ -151,7 +158,7 @@ class Generator:
         return self.tokenizer.decode(z, None if self.tokenizer.text_condition is None else texts)
 
     def labels(self, rule: Literal["equal", "proportional"], n: int) -> list[int]:
-        """n class ids, of each class equally many or as its part of the training images is; see `spread_labels`.
+        """n class ids, the same number of each class or in proportion to its training images; see `spread_labels`.
 
         DataError for a text model, and for a file that does not say how many images its classes had.
         """
@@ -211,7 +218,8 @@ def load_generator(
     `captions` is a list of unseen captions instead of the one beside the file; `guide` a weaker generator for autoguidance.
 
     Raises CheckpointError for a model that is not there, not whole or not of this generator, BackendError for a device or text
-    encoder that isn't.
+    encoder that isn't, and DataError for `captions` given to a generator that reads none and for a list of captions that can't be
+    used.
     """
     where, file = pick_device(device), find_model(model, offline=offline)
     dit, info = load_generator_file(file, device=where)

@@ -198,7 +198,8 @@ def pick_device(device: str) -> torch.device:
 def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None) -> list[str]:
     """The text of each image: its caption, or its class put into a template.
 
-    DataError names an image that has none, and of a shard's the `caption_field` that was asked for.
+    DataError names an image that has none (for a shard item the message also names `caption_field`), and an image whose class is a
+    WordNet id instead of text.
     """
     return [_text_of(item, cond, caption_field) for item in items]
 

@@ -20,8 +20,9 @@ from texttok_cli.errors import BackendError
 RUNS = 5
 SIDE = 128
 HUSHED = ("--offline", "--quiet")
-# Images in the folders that are encoded. Few: ten batches, by which threads, buffers and heap are what they stay; the first
-# batch alone has less, as no later image is read yet while the heap is still small. Many: two shards and a part of one.
+# Numbers of images in the two folders. FEW is ten batches: after those, threads, buffers and heap have the size that they keep.
+# One batch alone would peak lower, as no images of later batches are read ahead while its own are encoded. MANY is two shards and
+# part of a third.
 FEW, MANY = 320, 10_000
 # What encoding one image can't do without.
 BARE = """

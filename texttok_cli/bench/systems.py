@@ -80,7 +80,7 @@ class TexTokSystem:
         }
 
     def sample(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
-        """See `System`. No text is embedded yet: captions drawn again from a short list would cost nothing."""
+        """See `System`. Start with empty caches, or repeated captions would be free and the timing too good."""
         generator = self.generator
         caches = (generator.text, generator.tokenizer.text)
         fresh = {id(cache): EmbeddingCache(cache.encoder) for cache in caches if cache is not None}  # one, where both share it

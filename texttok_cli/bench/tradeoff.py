@@ -157,7 +157,7 @@ class PointStore:
             raise DataError(f"{path}: not a point of a sweep; remove it to measure it again") from None
 
     def save(self, setting: Setting, identity: Mapping[str, object], point: PointResult) -> None:
-        """Keep it."""
+        """Write the point to its file, atomically."""
         write_json(self.path(setting, identity), point.model_dump(mode="json"))
 
 

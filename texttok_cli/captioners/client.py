@@ -68,6 +68,7 @@ class ChatClient:
         return BackendError(f"{self.url}: {reason}") if err.unreachable else CaptionFailed(reason)
 
     def _wait(self) -> None:
+        """Sleep until requests may be sent again. BackendError if that is longer than LONGEST_WAIT."""
         if (left := self._not_before - time.monotonic()) > LONGEST_WAIT:
             raise BackendError(f"{self.url}: asks us to wait {left:,.0f} s; rerun the same command after that to continue")
         while (left := self._not_before - time.monotonic()) > 0:
@@ -113,7 +114,7 @@ class ChatClient:
         return _TryAgain(what)
 
     def _hold_back(self, seconds: float | None) -> None:
-        """Nobody sends anything for so long. BackendError, from the next to send, if that is longer than a run should sleep."""
+        """Let no thread send a request for so many seconds (None: no pause is asked for); `_wait` sleeps it off."""
         if seconds is None:
             return
         with self._lock:

@@ -126,5 +126,5 @@ class LatentLoader:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether latents of so many bytes stay on a device during training."""
+    """Whether latents of `size` bytes stay on a device in training: at most MAX_SHARE of free GPU memory; always true on other devices."""
     return device.type != "cuda" or size <= MAX_SHARE * torch.cuda.mem_get_info(device)[0]

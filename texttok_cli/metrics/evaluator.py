@@ -84,7 +84,7 @@ class Evaluator:
         return other
 
     def update(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Take in a batch. DataError for an image whose Inception features are not finite."""
         samples = None if batch.samples is None else batch.samples.to(self.device)
         references = None if batch.references is None else batch.references.to(self.device)
         found = self.evidence
@@ -164,7 +164,7 @@ class Work:
         return sum(len(indices) for _, indices in self._parts())
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Batch]:
-        """From the image number `start` of this process on."""
+        """Batches from image number `start` of this process on. The last batch of the samples and of the references may be short."""
         parts = []
         for kind, indices in self._parts():
             parts.append(kind(indices[start:], batch_size))

@@ -113,7 +113,7 @@ def make_result(metric: str, value: float, spread: float | None, card: Card, *, 
 
 
 def versions() -> dict[str, str]:
-    """Of what computed the numbers."""
+    """The versions of the software that computed the numbers: texttok, Python and PACKAGES."""
     return {"texttok": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 

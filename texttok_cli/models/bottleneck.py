@@ -133,8 +133,9 @@ class VQ(Bottleneck):
     def _restart(self, inputs: Tensor, total: SumOverProcesses) -> None:
         """Put dead codes where inputs of this step are.
 
-        Each of W processes offers an input for a dead code with chance 1/W; a code takes what exactly one has offered,
-        else it waits for the next step. So sums alone carry the inputs over, and one process always restarts all.
+        The only exchange between processes is a sum, so it must be made of one process's input: each of W processes offers an
+        input for a dead code with chance 1/W, and the code takes the sum only if exactly one of them offered. Otherwise the code
+        waits for the next step. With W = 1 every dead code is restarted at once.
         """
         dead = (self.usage < DEAD_USAGE).nonzero()[:, 0]  # (X,), the same everywhere
         if not len(dead):

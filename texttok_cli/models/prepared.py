@@ -69,8 +69,11 @@ class PreparedDiT:
 
 
 class _Blocks:
-    """The network but for its modulations. It knows nothing of recordings: one in a reference cycle is deleted at any time, by the
-    garbage collector, and a recording that is being made then fails."""
+    """The network without its modulations.
+
+    It must hold no reference to the recordings (`Replayed`), which hold one to it. In a reference cycle a recording would be freed
+    by the garbage collector at an arbitrary time, and if that is while another recording is being made, that one fails.
+    """
 
     def __init__(self, dit: DiT, ranks: Tensor, null_rank: int, cond: Condition | None, *, null: bool) -> None:
         self.dit, self.ranks, self.null_rank = dit, ranks, null_rank  # which of the K conditions each sample has (B,), and the null one's

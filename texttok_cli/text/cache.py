@@ -14,7 +14,9 @@ KEPT_TOKENS = 8192
 
 
 class EmbeddingCache:
-    """A text encoder that remembers the texts it saw last: `max_bytes` of their states (on the encoder's device), or the last batch.
+    """A text encoder that remembers the texts it saw last: at most `max_bytes` of their states (on the encoder's device).
+
+    At least the last batch is kept, even if larger.
 
     The default is KEPT_TOKENS tokens: a thousand class names, or the batch that is encoded, mirrored and decoded; captions seldom
     come again.

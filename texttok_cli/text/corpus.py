@@ -25,14 +25,18 @@ from texttok_cli.text.base import TextEncoder, pad, unpad
 
 FORMAT = 1
 HASH_BYTES = 32
-PART_BYTES = 64 * 2**20  # what an interruption can cost: some ten seconds of encoding
-# fp16 keeps three more bits than bf16, and states after a final norm are far below its 65,504.
+PART_BYTES = 64 * 2**20  # written at once, so at most this much is lost by an interruption: about ten seconds of encoding
+# fp16 is the default: its mantissa has three more bits than bf16's, and states after a final norm are far below its maximum, 65,504.
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Storage = Literal["fp16", "bf16"]
 
 
 class CorpusEmbeddings:
-    """Token states of the texts in a folder that `embed_corpus` wrote; called as the encoder is."""
+    """Token states of the texts in a folder that `embed_corpus` wrote; called as the encoder is.
+
+    `header` is what every part must have in its own header: format, encoder, precision and storage type. `max_tokens` is the
+    encoder's longest text, and the most that a batch is padded to. Raises DataError for a part that `add_part` refuses.
+    """
 
     def __init__(self, folder: Path, *, max_tokens: int, header: dict[str, Any]) -> None:
         self.folder, self.max_tokens = folder, max_tokens

@@ -18,6 +18,8 @@ from texttok_cli.text.transformer import DTYPES, TransformerEncoder
 
 
 class _States(nn.Module):
+    """T5's encoder as `TransformerEncoder` calls it: it returns the states of the last layer alone."""
+
     def __init__(self, encoder: T5EncoderModel) -> None:
         super().__init__()
         self.encoder = encoder

@@ -38,7 +38,7 @@ class Adversary:
         self._logits = torch.zeros(2, device=engine.device)  # means of D(real) and D(fake) in the step under way
 
     def weight(self, step: int) -> float:
-        """The generator's weight at an optimizer step: 0 before the start, then rising over the ramp."""
+        """The generator's weight at an optimizer step: 0 before `start`, then rising over `ramp` steps to `weight`."""
         since = step - self.cfg.start
         return 0.0 if since < 0 else self.cfg.weight * min(1.0, (since + 1) / max(1, self.cfg.ramp))
 

@@ -83,9 +83,10 @@ class Engine:
         self.seed = cfg.seed
 
     def prepare(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Any:
-        """The module to call in a step: on the device, autocast, compiled and wrapped as asked; shares its parameters.
+        """The module to call in a step: `model` on the device, in the run's precision, compiled and wrapped as asked.
 
-        Where weights are split over processes the model's parameters, and the optimizers' with them, become shards.
+        The module returned shares the parameters of `model`. With FSDP2 these become shards, and the optimizers are given the
+        shards; each process then holds only its part of every weight, and `gathered` brings whole tensors back.
         """
         if self.sharded:
             return self.accelerator.prepare(model, *optimizers)[0]

@@ -23,7 +23,10 @@ class Guard:
         self.in_a_row = 0
 
     def accepts(self, norm: Tensor, *others: Tensor) -> bool:
-        """Whether to take a step of this gradient norm, and of others that must be finite. Waits for the device."""
+        """Whether to take a step of this gradient norm, and of others that must be finite. Waits for the device.
+
+        Updates the counters: a step that is taken enters the running mean and ends the bad steps in a row; a bad one is counted.
+        """
         value, *rest = (float(n) for n in (norm, *others))
         typical = float(self.typical)
         too_large = self.spike is not None and self.taken >= SETTLED and value > self.spike * typical

@@ -16,9 +16,11 @@ STATE_COPIES = {"adam": 4, "adamw": 4, "muon": 3}  # fp32 copies: weights, EMA, 
 
 
 def plan(recipe: AnyRecipe) -> dict[str, float | int | str]:
-    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, of the model alone that is trained.
+    """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, for the trained model alone.
 
-    What a discriminator, a perceptual network and a text encoder add is not in it, nor are activations.
+    Each key names its unit: parameters in M (1e6), FLOPs in GFLOP (1e9) per image and in EFLOP (1e18) for the run, the state in
+    GB (1e9 bytes), the tokens of an image in bytes. Steps and images are plain counts. A discriminator, a perceptual network, a
+    text encoder and activations are not counted.
     """
     model, forward = count_flops(recipe.model) if isinstance(recipe, TokenizerRecipe) else count_generator_flops(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
