@@ -59,6 +59,7 @@ CHANGES = {
     "a shape": (lambda h, t: t.update(patch_pos=torch.zeros(15, 32)), "1 tensors differ, first patch_pos"),
     "a tensor too few": (lambda h, t: t.pop("patch_pos"), "1 tensors differ, first patch_pos"),
     "a tensor too many": (lambda h, t: t.update(extra=torch.zeros(1)), "1 tensors differ, first extra"),
+    "a tensor too many, of another type": (lambda h, t: t.update(extra=torch.zeros(1, dtype=torch.int64)), "1 tensors differ, first extra"),
     "a type": (lambda h, t: t.update(patch_pos=torch.zeros(16, 32, dtype=torch.int32)), "1 tensors differ, first patch_pos"),
 }
 

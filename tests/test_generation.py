@@ -249,7 +249,9 @@ def test_captions_that_are_missing_or_not_read(folder: Path, load: Callable[...,
     with pytest.raises(DataError, match=r"few\.jsonl: has no caption of class flower/rose"):
         load("class", captions=few).requests(classes=["rose"])
     (folder / "class.captions.jsonl").unlink()
-    with pytest.raises(DataError, match=r"class: its detokenizer reads a caption.*class\.captions\.jsonl.*--captions"):
+    with pytest.raises(
+        DataError, match=r"class: its detokenizer reads a caption.*\(FILE\.captions\.jsonl for FILE\.safetensors\).*--captions"
+    ):
         load("class").requests(classes=["rose"])
     for name in ("class-plain", "prompt"):
         with pytest.raises(DataError, match="reads no captions of classes"):
@@ -257,6 +259,21 @@ def test_captions_that_are_missing_or_not_read(folder: Path, load: Callable[...,
     few.write_text('{"class": "animal/cat", "caption": "a cat"}\n\n{"class": "animal/cat"}\n')
     with pytest.raises(DataError, match=r"few\.jsonl:3: not a line of the form"):
         load("class", captions=few)
+
+
+def test_only_a_detokenizer_that_reads_captions_is_given_some(folder: Path, save_model: Callable[..., Path]) -> None:
+    """Table 4d: of a model whose tokenizer alone reads text, and of one that reads the class in a sentence (Table 4a)."""
+    encoder = {"kind": "hash", "dim": 16, "max_tokens": 24}
+    for name, condition in (("first", {"source": "caption", "where": "tokenizer"}), ("sentence", {"source": "class_text"})):
+        tokenizer = save_model(folder / f"{name}.safetensors", 2, {**condition, "encoder": encoder})
+        save_tiny_generator(folder / f"of-{name}.safetensors", tokenizer, BY_CLASS, captions=["a photo of a rose"])
+    first, sentence = (load_generator(folder / f"of-{name}.safetensors", device="cpu") for name in ("first", "sentence"))
+    assert [request.text for request in first.requests(classes=["rose"])] == [None]
+    assert first.sample(classes=["rose"], **FAST).shape == (1, 3, 32, 32)
+    with pytest.raises(DataError, match="reads no captions of classes"):
+        load_generator(folder / "of-first.safetensors", device="cpu", captions=folder / "class.captions.jsonl")
+    (request,) = sentence.requests(classes=["rose"])
+    assert (request.text, request.leaked) == ("a photo of a rose", False)
 
 
 @pytest.mark.parametrize(("weights", "n"), [([1, 1, 1, 1], 10), ([1, 1, 2, 4], 16), ([1934, 18, 300, 7], 100), ([1, 1, 1], 2), ([0, 3], 5)])

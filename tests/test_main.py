@@ -163,23 +163,39 @@ def test_a_reader_that_goes_away_ends_quietly(option: str, unbuffered: str) -> N
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
-def test_sigterm_lets_what_is_done_be_kept() -> None:
-    code = """
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_to_end_lets_what_is_done_be_kept(name: str, code: int) -> None:
+    script = f"""
 import signal
 from texttok_cli import main
 
 def work():
     try:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.{name})
     finally:
-        signal.raise_signal(signal.SIGTERM)  # as `timeout` sends two
+        signal.raise_signal(signal.{name})  # as `timeout` sends two
         print("kept")
 
+signal.signal(signal.{name}, signal.SIG_DFL)
 main.app = work
 main.main()
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout, run.stderr) == (143, "kept\n", "")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (code, "kept\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_under_nohup_a_terminal_that_closes_ends_nothing() -> None:
+    script = """
+import signal
+from texttok_cli import main
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+main.app = lambda: (signal.raise_signal(signal.SIGHUP), print("goes on"))
+main.main()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "goes on\n", "")
 
 
 def test_a_name_that_the_locale_can_t_write_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

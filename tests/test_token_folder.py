@@ -12,7 +12,7 @@ from tiny_tokens import MODEL, make, make_codes
 from texttok_cli import token_folder as module
 from texttok_cli.errors import TokenFileError
 from texttok_cli.token_folder import TokenFolder, read_index, read_shards
-from texttok_cli.tokens import Tokens, concatenate, select
+from texttok_cli.tokens import Tokens, concatenate, load_tokens, select
 
 
 def open_folder(path: Path, **changes: Any) -> TokenFolder:
@@ -171,6 +171,34 @@ def test_an_interruption_between_shard_and_index_loses_and_doubles_nothing(tmp_p
     fill(tmp_path, make(4, first=4))
     found = everything(tmp_path)
     assert found.header == make(8).header.model_copy(update={"original_sizes": found.header.original_sizes})
+
+
+def test_a_shard_that_loses_tokens_is_written_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_folder(tmp_path)
+    for first in (0, 4, 8):
+        folder.add(make(4, first=first))
+    opened: list[str] = []
+
+    def load(path: Path) -> Tokens:
+        opened.append(path.name[:11])
+        return load_tokens(path)
+
+    monkeypatch.setattr(module, "load_tokens", load)
+    changed = make(1, first=5)
+    fill(tmp_path, Tokens(changed.z, changed.header.model_copy(update={"captions": ["another"]})))
+    assert opened == ["shard-00003", "shard-00001", "shard-00004"]  # written, taken apart, written without it
+    assert [shard.file[:11] for shard in read_index(tmp_path).shards] == ["shard-00000", "shard-00004", "shard-00002", "shard-00003"]
+    assert sorted(everything(tmp_path).header.ids) == sorted(f"i{i}" for i in range(12))
+
+
+def test_numbers_of_shards_go_on_past_five_digits(tmp_path: Path) -> None:
+    fill(tmp_path, make(2))
+    (tmp_path / "shard-00000.tok.safetensors").rename(tmp_path / "shard-99999.tok.safetensors")
+    index = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(index.replace("shard-00000", "shard-99999"))
+    fill(tmp_path, make(1, first=2))
+    assert [shard.file[:12] for shard in read_index(tmp_path).shards] == ["shard-99999.", "shard-100000"]
+    assert everything(tmp_path).header.ids == ["i0", "i1", "i2"]
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def _fill(model: nn.Module, path: Path, infos: Mapping[str, TensorInfo], *, extr
     expected = {**shapes, **extra}
     found = {name: info.shape if info.dtype in WEIGHTS or name in extra else None for name, info in infos.items()}
     if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        wrong = sorted({name for name, _ in expected.items() ^ found.items()})
         raise CheckpointError(f"{path}: weights don't fit the header, {len(wrong)} tensors differ, first {wrong[0]}")
     _, tensors = load_safetensors(path, error=CheckpointError)
     model.load_state_dict({name: tensors[name].float() for name in shapes}, assign=True)

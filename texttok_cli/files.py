@@ -30,7 +30,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block ends well, and is gone when it does not."""
+    """A temporary path in the folder of `path` that takes its place when the block ends well, and is gone when it does not.
+
+    An OSError of the block that names no file, as those of a full disk, names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,8 +44,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as err:
+        raise naming(path, err) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def naming(path: Path, err: OSError) -> OSError:
+    """The error itself if it names a file, else one of the same kind that names `path`: writing and flushing name none."""
+    return err if err.filename is not None else OSError(err.errno, err.strerror, str(path))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other processes that ask for the same out while the block runs. DataError if one is in.
+
+    Where there are no locks (Windows, some network file systems) nothing keeps them out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        claim(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim(path: Path, descriptor: int) -> None:
+    """Keep other processes that claim the same file or folder out until the descriptor is closed, where there are locks.
+
+    DataError if one is in.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{path}: another texttok is writing there; wait until it has ended, or choose another -o") from None
+    except (ImportError, OSError):
+        return  # Windows; a file system without locks
 
 
 def check_can_be_folder(path: Path, *, else_name: str) -> None:

@@ -53,14 +53,17 @@ def main() -> None:
     """Run the command line; a person's mistake becomes one line on stderr and exit code 1, 2 for a usage error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale can't write; stderr escapes it anyway
         sys.stdout.reconfigure(errors="backslashreplace")
-    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    # SIGHUP: the terminal or the connection is gone; under nohup it is ignored, and stays so.
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    before = {number: signal.signal(number, _leave) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         _run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _on_sigterm(number: int, frame: Any) -> None:
+def _leave(number: int, frame: Any) -> None:
     """Leave as Ctrl-C does, so that what is done is kept."""
     signal.signal(number, signal.SIG_IGN)  # `timeout` signals twice, and the second must not cut off the saving
     sys.exit(128 + number)

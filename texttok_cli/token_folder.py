@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import reduce
-from itertools import starmap
+from itertools import count, starmap
 from pathlib import Path
 
 import torch
@@ -69,10 +69,15 @@ class Statistics(Config):
 class Shard(Config):
     """One file of a token folder; the statistics are of the latents as stored (None: codes)."""
 
-    file: str = Field(pattern=r"^shard-\d{5}\.tok\.safetensors$")
+    file: str = Field(pattern=r"^shard-\d{5,12}\.tok\.safetensors$")
     images: int = Field(ge=1)
     sha256: Sha256
     statistics: Statistics | None
+
+    @property
+    def number(self) -> int:
+        """In the order of writing; not all numbers are taken."""
+        return int(self.file[len("shard-") :].partition(".")[0])
 
 
 class TokenIndex(Config):
@@ -117,6 +122,7 @@ class TokenFolder:
         self.dropped: list[Shard] = []  # left out: missing or damaged
         self.replaced: set[str] = set()  # ids whose tokens gave way to those of another image, caption or class
         self._there: dict[Key, bytes] = {}  # -> `_made_of`, of what the shards hold
+        self._keys_of: dict[str, frozenset[Key]] = {}  # by shard's file
         self._waiting: list[TokenHeader] = []
         # Their tokens, in one buffer that is kept: a small tensor a batch would stay in the heap among the model's large ones,
         # and leave ever less room between them (measured: 250 MB more by the time a shard is full).
@@ -128,6 +134,11 @@ class TokenFolder:
     def ids(self) -> set[str]:
         """Of all images that the shards hold."""
         return {image_id for image_id, _ in self._there}
+
+    def same_as(self, ids: set[str]) -> set[str]:
+        """Other ids with tokens made of the same picture, caption and class as those of one of `ids`."""
+        theirs = {digest for (image_id, _), digest in self._there.items() if image_id in ids}
+        return {image_id for (image_id, _), digest in self._there.items() if image_id not in ids and digest in theirs}
 
     def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flipped: bool = False) -> bool:
         """Whether the tokens of this image with this caption and class are there."""
@@ -152,11 +163,12 @@ class TokenFolder:
         header = joined(self._waiting)
         tokens = Tokens(self._buffer[: len(header.ids)], header)
         before = self.index.shards
-        replaced = self._there.keys() & set(_keys(tokens.header))
-        number = 1 + max((int(shard.file[6:11]) for shard in before), default=-1)
-        written = self._write(tokens, number)
-        shards = [*(self._without(replaced, number + 1) if replaced else before), written]
-        self._note(tokens.header)  # before they are in the index: interrupted here, the next flush replaces this shard
+        keys = _keys(header)
+        replaced = self._there.keys() & set(keys)
+        numbers = count(1 + max((shard.number for shard in before), default=-1))
+        written = self._write(tokens, keys, next(numbers))
+        shards = [*(self._without(replaced, numbers) if replaced else before), written]
+        self._note(header, keys)  # before they are in the index: interrupted here, the next flush replaces this shard
         self._save_index(self.index.with_shards(shards, complete=False))
         self._waiting = []
 
@@ -173,27 +185,30 @@ class TokenFolder:
         self.index = index
         for file in before - {shard.file for shard in index.shards}:
             (self.path / file).unlink(missing_ok=True)
+            self._keys_of.pop(file, None)
 
-    def _without(self, keys: set[Key], number: int) -> Iterator[Shard]:
-        """The shards without these tokens; one that held any is written anew, under a number from `number` on."""
-        for place, shard in enumerate(self.index.shards):
-            header = load_token_header(self.path / shard.file)
-            kept = [i for i, key in enumerate(_keys(header)) if key not in keys]
-            if len(kept) == len(header.ids):
+    def _without(self, keys: set[Key], numbers: Iterator[int]) -> Iterator[Shard]:
+        """The shards without these tokens; one that held any is written again, under the next of the numbers."""
+        for shard in self.index.shards:
+            if keys.isdisjoint(self._keys_of[shard.file]):
                 yield shard
-            elif kept:
-                yield self._write(select(load_tokens(self.path / shard.file), kept), number + place)
+                continue
+            tokens = load_tokens(self.path / shard.file)
+            kept = {i: key for i, key in enumerate(_keys(tokens.header)) if key not in keys}
+            if kept:
+                yield self._write(select(tokens, list(kept)), kept.values(), next(numbers))
 
-    def _write(self, tokens: Tokens, number: int) -> Shard:
+    def _write(self, tokens: Tokens, keys: Collection[Key], number: int) -> Shard:
         path = self.path / f"shard-{number:05d}{SUFFIX}"
         save_tokens(path, tokens)
+        self._keys_of[path.name] = frozenset(keys)
         statistics = None if tokens.header.codes is not None else Statistics.of(load_tokens(path).z)
         return Shard(file=path.name, images=len(tokens), sha256=sha256_file(path), statistics=statistics)
 
-    def _note(self, header: TokenHeader) -> None:
+    def _note(self, header: TokenHeader, keys: Sequence[Key]) -> None:
         nothing: Sequence[str | None] = [None] * len(header.ids)
         made_of = zip(header.input_sha256, header.captions or nothing, header.class_names or nothing, strict=True)
-        new = dict(zip(_keys(header), starmap(_made_of, made_of), strict=True))
+        new = dict(zip(keys, starmap(_made_of, made_of), strict=True))
         self.replaced.update(key[0] for key, digest in new.items() if self._there.get(key, digest) != digest)
         self._there.update(new)
 
@@ -211,7 +226,9 @@ class TokenFolder:
             except TokenFileError:
                 self.dropped.append(shard)
             else:
-                self._note(header)
+                keys = _keys(header)
+                self._note(header, keys)
+                self._keys_of[shard.file] = frozenset(keys)
                 kept.append(shard)
         self.index = found.with_shards(kept, complete=found.complete and not self.dropped)
 

@@ -218,3 +218,25 @@ def test_what_stops_every_image_is_raised_and_the_threads_end(
         list(run.caption_dataset(fake, open_dataset([tmp_path]), range(30), batch_size=1))
     time.sleep(0.1)
     assert len(fake.calls) < 30 and not any(thread.is_alive() for thread in fake.threads - {threading.main_thread()})
+
+
+def test_an_id_is_no_text_of_a_class(picture: Picture) -> None:
+    names = ["n01440764", "train/n01440764", "207", "fish/207"]
+    told = ClassText()([Subject(picture(), name) for name in names])
+    assert [str(failed) for failed in told] == [
+        f"class {name}: is an id, not a word; name the classes in a manifest's `class`" for name in names
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error, CaptionLines(tmp_path / "c.jsonl", {}) as lines:
+        lines.add([{"id": "a"}])
+    assert error.value.filename == str(tmp_path / "c.jsonl")
+
+
+def test_two_runs_do_not_write_into_one_file_at_once(tmp_path: Path) -> None:
+    with CaptionLines(tmp_path / "c.jsonl", {}), pytest.raises(DataError, match=r"c\.jsonl: another texttok is writing there"):
+        CaptionLines(tmp_path / "c.jsonl", {})
+    CaptionLines(tmp_path / "c.jsonl", {}).__exit__()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from PIL import Image
 
 from texttok_cli import inference
 from texttok_cli.errors import DataError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import alone_in, sha256_file
 from texttok_cli.inference import Tokenizer, load_tokenizer
 from texttok_cli.token_folder import read_index, read_shards
 from texttok_cli.tokens import concatenate, load_tokens
 
 Run = Callable[..., Any]
+WAIT = "wait until it has ended, or choose another -o"
 Draw = Callable[..., Path]
 
 
@@ -273,6 +275,8 @@ def test_images_under_ids_that_the_folder_has_are_counted_and_so_are_those_of_ot
     assert "replaced" in encode("p1/", "--no-caption", "-o", "tk").out  # back again, as text
     found, told = run("p1/", "p2/")
     assert found == counts | {"already_there": 1, "other_images": 1} and "such as a.png; they stay" in told
+    again = encode("p1/", "p2/", "--no-caption", "-o", "tk", "--json")
+    assert json.loads(again.out)["same_under_other_ids"] == 1 and "of these, 1 are the same pictures as inputs under other ids" in again.err
     assert run("p1/", "p2/", "--flips")[0] == counts | {"images": 3, "other_images": 1}  # encoded again, from the same
     quiet = encode("p2/", "--no-caption", "-o", "tk", "--quiet", "--json")
     assert quiet.err == "" and json.loads(quiet.out)["other_images"] == 3
@@ -289,6 +293,16 @@ def test_the_tokens_of_another_picture_of_the_same_name_are_not_replaced_in_sile
     assert (
         "replaced: the tokens of 1 other picture(s) that had the same file name, such as a.png; to keep both, choose another -o" in run.err
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_two_runs_do_not_write_into_one_folder_at_once(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    folder, out = folder_of(draw, tmp_path / "in", 2), tmp_path / "out"
+    with alone_in(out):
+        run = encode(folder, "-o", out)
+        assert run.code == 1 and one_line(run.err) == f"texttok: {out}: another texttok is writing there; {WAIT}\n"
+        assert list(out.iterdir()) == []
+    assert encode(folder, "-o", out).code == 0
 
 
 @pytest.mark.parametrize("keep", [0, 0.5, None])

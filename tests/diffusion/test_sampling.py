@@ -189,6 +189,9 @@ def test_feature_maps() -> None:
     [
         ({"steps": 0}, "steps 0: sampling takes at least 1 step"),
         ({"steps": 1001}, "steps 1001: the process has 1000 timesteps, so at most 1000 steps"),
+        ({"sampler": "dpm++2m", "steps": 0}, "steps 0: sampling takes at least 1 step"),
+        ({"sampler": "dpm++2m", "steps": 1000}, "steps 1000: dpm.* leaves out the first of the process's 1000 timesteps, so at most 999"),
+        ({"sampler": "dpm++2m", "steps": 1001}, "steps 1001: the process has 1000 timesteps, so at most 1000 steps"),
         ({"sampler": "heun"}, "sampler 'heun' is none of those of a ddpm model: ddpm, ddim, dpm"),
         ({"model": build({**CLASSES, "dropout": 0.0})}, "guidance: the model never saw the null condition"),
         ({"guide": build(TEXT)}, "guide: its condition is .* same kind"),

@@ -488,6 +488,10 @@ def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile,
     assert learned == {name for name in a if name.startswith(("latent_embed", "latent_pos", "patch_tokens", "detokenizer", "to_pixels"))}
     info = read_tokenizer_info(tmp_path / "second" / "model.safetensors")
     assert info.latents_made_by == (info.sha256, sha256_file(first))
+    second = tmp_path / "second" / "model.safetensors"
+    train(recipe_file(), tmp_path / "again", model, *changes[1:2], f"training.start_from={second}", "training.weights=fp32")
+    again = read_tokenizer_info(tmp_path / "again" / "model.safetensors")
+    assert again.latents_made_by == (again.sha256, info.sha256, sha256_file(first))
     with pytest.raises(RecipeError, match=r"training\.weights: bf16 would round the tokenizer of"):
         train(recipe_file(), tmp_path / "third", *changes[:-1], "training.weights=bf16")
     train(recipe_file(), tmp_path / "fourth", *changes, "schedule.steps=1", "training.save_every=1")

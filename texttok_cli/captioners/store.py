@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from texttok_cli.data.listings import json_or_none
 from texttok_cli.errors import DataError
+from texttok_cli.files import claim, naming
 
 
 class CaptionLines:
@@ -24,6 +26,7 @@ class CaptionLines:
         self._read(data)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
+        claim(path, self._file.fileno())
         if data and not data.endswith(b"\n"):
             self._file.write(b"\n")
 
@@ -31,14 +34,23 @@ class CaptionLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows, with `made_by` in each; they are in the file when this returns."""
         complete = [{**row, **self.made_by} for row in rows]
-        self._file.write("".join(json.dumps(row) + "\n" for row in complete).encode())
-        self._file.flush()
+        with self._named():
+            self._file.write("".join(json.dumps(row) + "\n" for row in complete).encode())
+            self._file.flush()
         self.rows += complete
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise naming(self.path, err) from None
 
     def _read(self, data: bytes) -> None:
         for number, line in enumerate(data.splitlines(), 1):

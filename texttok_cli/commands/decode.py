@@ -50,6 +50,8 @@ def decode(
 
     names = {path: _names(path) for path in tokens}
     target = _Target(out, names)
+    for path in filter(Path.is_dir, tokens):
+        _say_if_cut_off(path)
     tokenizer: Tokenizer | None = None
     with progress(quiet=quiet) as bar:
         task = bar.add_task("decoding", total=target.total, note="")
@@ -78,6 +80,16 @@ def _names(path: Path) -> list[str]:
     files = [path / shard.file for shard in read_index(path).shards] if path.is_dir() else [path]
     headers = map(load_token_header, files)
     return [name for header in headers for name in map(_name, header.ids, header.flipped)]
+
+
+def _say_if_cut_off(folder: Path) -> None:
+    from texttok_cli.console import say
+    from texttok_cli.token_folder import read_index
+
+    index = read_index(folder)
+    if not index.complete:
+        done = sum(shard.images for shard in index.shards)
+        say(f"{folder}: its encoding was cut off; these are the {done:,} images that were done. Run the same `texttok encode` to go on")
 
 
 def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:

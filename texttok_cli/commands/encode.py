@@ -170,6 +170,11 @@ def _say_what_to_know(job: Files | Folder, tokenizer: Tokenizer) -> None:
             f"also in {job.out}: the tokens of {len(job.others):,} image(s) that are not among these inputs, such as {min(job.others)};"
             " they stay, and training on this folder uses them too. If you don't want them, encode into a new folder"
         )
+    if job.same:
+        say(
+            f"of these, {len(job.same):,} are the same pictures as inputs under other ids, such as {min(job.same)}: two inputs that share"
+            " an id get their names before it. Name the inputs as in the run before, or encode into a new folder"
+        )
 
 
 def _summary(job: Files | Folder, tokenizer: Tokenizer, readable: int, failed: int) -> dict[str, object]:
@@ -186,6 +191,8 @@ def _summary(job: Files | Folder, tokenizer: Tokenizer, readable: int, failed: i
         summary["replaced"] = len(job.replaced)
     if job.others:
         summary["other_images"] = len(job.others)
+    if job.same:
+        summary["same_under_other_ids"] = len(job.same)
     if failed:
         summary["failed"] = failed
     if job.encoded:

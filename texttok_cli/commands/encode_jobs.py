@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from texttok_cli.console import say
 from texttok_cli.errors import TokenFileError
+from texttok_cli.files import alone_in
 from texttok_cli.token_folder import TokenFolder
 from texttok_cli.tokens import load_token_header, save_tokens, select
 
@@ -23,6 +25,7 @@ class Job:
         self.encoded = self.mirrored = self.cropped = self.token_bytes = self.token_bits = self.caption_bytes = 0
         self.replaced: set[str] = set()  # ids whose earlier tokens were of another picture, in a folder also caption or class
         self.others: set[str] = set()  # ids in the folder that are not among the inputs
+        self.same: set[str] = set()  # those of them whose picture, caption and class are those of an input
 
     def __enter__(self) -> Job:
         return self
@@ -92,6 +95,8 @@ class Folder(Job):
     def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool, dataset: Dataset) -> None:
         super().__init__()
         self.flips, self.dataset = flips, dataset
+        self._alone = ExitStack()
+        self._alone.enter_context(alone_in(folder))
         self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
         dropped = self.folder.dropped
         if dropped:
@@ -115,9 +120,11 @@ class Folder(Job):
         if kind is None:
             self.folder.finish()
             self.replaced = self.folder.replaced
-            self.others = self.folder.ids - {item.id for item in self.dataset.items}
+            ids = {item.id for item in self.dataset.items}
+            self.others, self.same = self.folder.ids - ids, self.folder.same_as(ids)
         else:
             self.folder.flush()
+        self._alone.close()
 
     @property
     def out(self) -> str:
