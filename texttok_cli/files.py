@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ def naming(path: Path, err: OSError) -> OSError:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep other processes that ask for the same out while the block runs. DataError if one is in.
+def alone_in(folder: Path, *, patience: float = 0) -> Iterator[None]:
+    """Make the folder if need be, and keep other processes that ask for the same out while the block runs.
 
+    DataError if one is still in after `patience` seconds: workers of a process that was killed take some to end.
     Where there are no locks (Windows, some network file systems) nothing keeps them out.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,22 +69,26 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        claim(folder, descriptor)
+        claim(folder, descriptor, patience=patience)
         yield
     finally:
         os.close(descriptor)
 
 
-def claim(path: Path, descriptor: int) -> None:
+def claim(path: Path, descriptor: int, *, patience: float = 0) -> None:
     """Keep other processes that claim the same file or folder out until the descriptor is closed, where there are locks.
 
-    DataError if one is in.
+    DataError if one is still in after `patience` seconds.
     """
     try:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if patience > 0:
+            time.sleep(0.5)
+            claim(path, descriptor, patience=patience - 0.5)
+            return
         raise DataError(f"{path}: another texttok is writing there; wait until it has ended, or choose another -o") from None
     except (ImportError, OSError):
         return  # Windows; a file system without locks

@@ -23,8 +23,9 @@ from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import TrainLoader, open_dataset
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import alone_in, sha256_file
 from texttok_cli.models.discriminator import Discriminator
+from texttok_cli.training import session
 from texttok_cli.training.conditioning import class_ids
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.loop import Interrupted, _StopSignal
@@ -325,6 +326,14 @@ def test_a_finished_run_is_left_alone(recipe_file: RecipeFile, tmp_path: Path) -
     assert model.stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"schedule\.steps.*another --out"):
         train(recipe_file(), tmp_path / "run", "schedule.steps=9")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_two_runs_do_not_train_in_one_folder_at_once(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORKERS_END", 0)
+    with alone_in(tmp_path / "run"), pytest.raises(DataError, match="run: another texttok is writing there"):
+        train(recipe_file(), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_classes_that_are_numbers_keep_them() -> None:

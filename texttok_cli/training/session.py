@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
 from texttok_cli.errors import BackendError, RecipeError, TrainingError
+from texttok_cli.files import alone_in
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.inception import FidInception
@@ -24,6 +27,7 @@ from texttok_cli.training.report import Reporter
 from texttok_cli.training.run import RunFolder, history, spread
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
+WORKERS_END = 10  # seconds that loader workers of a killed run may take to see it, twice torch's
 STATISTICS_IMAGES = 10_000  # training images behind the per-channel latent statistics
 
 
@@ -33,9 +37,11 @@ def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: boo
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
     a signal.
     """
-    if isinstance(recipe, GeneratorRecipe):
-        return train_generator(recipe, out, report, offline=offline, device=device)
-    return _train_tokenizer(recipe, out, report, offline=offline, device=device)
+    one_of_all = os.environ.get("RANK", "0") == "0"  # torchrun's and accelerate's: its processes share the folder
+    with alone_in(out, patience=WORKERS_END) if one_of_all else nullcontext():
+        if isinstance(recipe, GeneratorRecipe):
+            return train_generator(recipe, out, report, offline=offline, device=device)
+        return _train_tokenizer(recipe, out, report, offline=offline, device=device)
 
 
 def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, offline: bool, device: str) -> Path:
