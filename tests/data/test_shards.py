@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from pictures import encoded, picture
 
-from texttok_cli.data import load_image, open_dataset
+from texttok_cli.data import Skipped, load_image, open_dataset
 from texttok_cli.data.shards import MAX_TEXT_BYTES
 from texttok_cli.errors import DataError
 
@@ -110,6 +110,50 @@ def test_damaged_json_and_a_second_image_are_listed(make_shard):
     dataset = open_dataset([make_shard(members)])
     assert [item.id for item in dataset.items] == ["b"]
     assert [skipped.id for skipped in dataset.skipped] == ["a", "c", "b.jpg"]
+
+
+def test_what_looks_like_an_image_but_is_none_for_us_is_listed(make_shard):
+    unseen = [("clip.mp4", b"x"), ("depth.npy", b"x"), ("__index__", b"x"), ("lost.txt", b"x"), ("._a.png", PNG), (".DS_Store", b"x")]
+    shard = make_shard([("a.png", PNG), ("img.v2.png", PNG), ("phone.HEIC", b"x"), *unseen])
+    with tarfile.open(shard, "a") as tar:
+        for name, kind in (
+            ("hard.png", tarfile.LNKTYPE),
+            ("soft.jpg", tarfile.SYMTYPE),
+            ("soft.txt", tarfile.SYMTYPE),
+            ("d.png", tarfile.DIRTYPE),
+        ):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "a.png"
+            tar.addfile(header)
+    dataset = open_dataset([shard])
+    assert [item.id for item in dataset.items] == ["a"]
+    link = "a link, not a file: write shards with tar --hard-dereference --dereference"
+    assert dataset.skipped == [
+        Skipped("img.v2.png", "its key ends at the first dot: rename it"),
+        Skipped("phone.HEIC", ".heic images can't be read; convert it to PNG or JPEG"),
+        Skipped("hard.png", link),
+        Skipped("soft.jpg", link),
+    ]
+
+
+def test_other_fields_of_a_sample_that_has_its_image_are_no_images(make_shard):
+    dataset = open_dataset([make_shard([("a.mask.png", PNG), ("a.png", PNG), ("a.svg", b"x"), ("a.json", {"caption": "a"})])])
+    assert [(item.id, item.caption) for item in dataset.items] == [("a", "a")]
+    assert dataset.skipped == []
+
+
+def test_a_text_or_name_that_is_not_unicode_is_skipped_alone(make_shard):
+    half = "half \ud83d"
+    texts = [("b.png", PNG), ("b.json", {"caption": half}), ("c.png", PNG), ("c.json", {"class": half}), ("d\udcff.png", PNG)]
+    unused = [("e.png", PNG), ("e.json", {"caption": "e", "captions": [half]})]
+    dataset = open_dataset([make_shard([("a.png", PNG), *texts, *unused])])
+    assert [item.id for item in dataset.items] == ["a", "e"]
+    reason = "its caption or class in shard-0000.tar is not Unicode text; rewrite it as UTF-8"
+    assert dataset.skipped == [
+        Skipped("b", reason),
+        Skipped("c", reason),
+        Skipped(r"'d\udcff'", "its name in shard-0000.tar is not UTF-8; rename it"),
+    ]
 
 
 def test_a_text_of_absurd_size_is_not_read(make_shard):

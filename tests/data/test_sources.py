@@ -1,31 +1,14 @@
 import io
-import json
 import os
 import pickle
 import sys
 from pathlib import Path
 
 import pytest
-from pictures import encoded, picture
+from inputs import PNG, captions_of, lines, write
 
 from texttok_cli.data import Skipped, load_image, open_dataset
 from texttok_cli.errors import DataError
-
-PNG = encoded(picture())
-
-
-def write(path, content=PNG):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def lines(path, *rows):
-    return write(path, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-
-
-def captions_of(dataset):
-    return {item.id: item.caption for item in dataset.items}
 
 
 def test_one_image_with_the_caption_beside_it(tmp_path):
@@ -35,30 +18,6 @@ def test_one_image_with_the_caption_beside_it(tmp_path):
     assert captions_of(dataset) == {"cat.png": "a cat"}
     assert dataset.read(0) == PNG
     assert not dataset.items[0].in_shard
-
-
-def test_a_folder_is_listed_recursively_in_order(tmp_path):
-    for name in ("b.JPG", "a/2.png", "a/1.webp", "a/deep/x.gif", ".hidden.png", ".git/y.png", "notes.md", "a/1.txt"):
-        write(tmp_path / name, "one" if name.endswith("txt") else PNG)
-    dataset = open_dataset([str(tmp_path)])
-    assert [item.id for item in dataset.items] == ["a/1.webp", "a/2.png", "a/deep/x.gif", "b.JPG"]
-    assert [item.class_name for item in dataset.items] == ["a", "a", "a/deep", None]
-    assert [item.caption for item in dataset.items] == ["one", None, None, None]
-    assert dataset.skipped == []
-
-
-def test_a_folder_names_the_images_it_can_not_read(tmp_path):
-    write(tmp_path / "a.png")
-    write(tmp_path / "phone.HEIC")
-    assert [skipped.id for skipped in open_dataset([tmp_path]).skipped] == ["phone.HEIC"]
-
-
-def test_the_captions_file_of_a_folder_wins_over_sidecars(tmp_path):
-    write(tmp_path / "a.png")
-    write(tmp_path / "a.txt", "sidecar")
-    write(tmp_path / "b/c.png")
-    lines(tmp_path / "captions.jsonl", {"id": "a.png", "caption": "listed"}, {"image": "b/c.png", "caption": "also"})
-    assert captions_of(open_dataset([tmp_path])) == {"a.png": "listed", "b/c.png": "also"}
 
 
 def test_a_jsonl_manifest(tmp_path):
@@ -91,6 +50,30 @@ def test_a_csv_manifest(tmp_path):
     manifest = write(tmp_path / "list.csv", f'image,class,caption\na.png,7,"red, round"\n{image},,\n')
     items = open_dataset([manifest]).items
     assert [(i.id, i.caption, i.class_name) for i in items] == [("a.png", "red, round", "7"), (str(image), None, None)]
+
+
+def test_spaces_after_the_commas_of_a_csv_are_no_part_of_it(tmp_path):
+    write(tmp_path / "a.png")
+    manifest = write(tmp_path / "list.csv", 'image , caption, class\na.png, "red, round", 7\n')
+    assert [(i.id, i.caption, i.class_name) for i in open_dataset([manifest]).items] == [("a.png", "red, round", "7")]
+
+
+def test_a_caption_cut_at_its_comma_is_not_taken(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name)
+    table = write(tmp_path / "list.csv", "image,caption\na.png,whole,, \nb.png,a dog, a cat, a bird, a fish\nc.png,\n")
+    dataset = open_dataset([table])
+    assert captions_of(dataset) == {"a.png": "whole", "c.png": None}
+    reason = "5 cells for 2 columns: put captions that hold commas into quotes"
+    assert dataset.skipped == [Skipped("list.csv:3", reason)]
+    with pytest.raises(DataError, match=rf"list\.csv:3: {reason}$"):
+        open_dataset([tmp_path / "a.png"], captions=table)
+
+
+def test_captions_from_a_csv(tmp_path):
+    image = write(tmp_path / "a.png")
+    table = write(tmp_path / "c.csv", 'image, caption\na.png, "red, round"\n')
+    assert captions_of(open_dataset([image], captions=table)) == {"a.png": "red, round"}
 
 
 def test_a_csv_without_an_image_column(tmp_path):
@@ -143,6 +126,18 @@ def test_braces_and_globs(tmp_path, make_shard):
     assert [item.id for item in open_dataset([f"{tmp_path}/s-{{0001..0002}}.tar", f"{tmp_path}/s-0000.tar"]).items] == ["k1", "k2", "k0"]
     with pytest.raises(DataError, match=r"s-0003\.tar: no such file or folder$"):
         open_dataset([f"{tmp_path}/s-{{0000..0003}}.tar"])
+
+
+def test_a_range_that_runs_backwards_is_an_error(tmp_path, make_shard):
+    make_shard([("k.png", PNG)], name="x-3.tar")
+    captions = lines(tmp_path / "c.jsonl", {"id": "k", "caption": "a k"})
+    with pytest.raises(DataError, match=r"x-\{5\.\.2\}\.tar: the range runs backwards"):
+        open_dataset([f"{tmp_path}/x-{{5..2}}.tar"], captions=captions)
+
+
+def test_no_input_is_an_error():
+    with pytest.raises(DataError, match="no input: name images, folders"):
+        open_dataset([])
 
 
 def test_a_name_with_glob_characters_is_a_name_first(tmp_path):
@@ -247,11 +242,3 @@ def test_a_dataset_survives_pickling_and_notices_a_file_that_has_gone(tmp_path):
     image.unlink()
     with pytest.raises(DataError, match=r"^a\.png: .*No such file"):
         dataset.read(0)
-
-
-def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
-    (tmp_path / "good.png").write_bytes(PNG)
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png")).write_bytes(PNG)
-    dataset = open_dataset([tmp_path])
-    assert [item.id for item in dataset.items] == ["good.png"]
-    assert "not UTF-8" in dataset.skipped[0].reason

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from io import TextIOWrapper
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
 from texttok_cli.errors import DataError
 
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".jp2", ".raw", ".dng"}  # images, but not for us
+IMAGES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 NOT_UTF8 = "its name is not UTF-8; rename it"
 
 
@@ -24,7 +27,7 @@ def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
         lines.reconfigure(errors="surrogateescape")  # as in file names, or the first line of other bytes would end the list
     for line in lines:
         name = line.rstrip("\r\n")
-        if name and not _is_utf8(name):
+        if name and not is_utf8(name):
             yield Skipped(ascii(name), NOT_UTF8)
         elif name:
             path = Path(name)
@@ -32,34 +35,88 @@ def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
 
 
 def from_folder(folder: Path) -> Iterator[Item | Skipped]:
-    """Images below a folder, sorted by path; hidden ones are left out. The folder an image lies in is its class."""
+    """Images below a folder, sorted by path; hidden ones are left out. The folder an image lies in is its class.
+
+    A link to a folder is followed, under each of its names, unless it leads back to a folder that it lies in.
+    """
     items = []
-    for path in sorted(folder.rglob("*")):
-        relative, suffix = path.relative_to(folder), path.suffix.lower()
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
-        if suffix in IMAGE_SUFFIXES and not _is_utf8(relative.as_posix()):
-            yield Skipped(ascii(relative.as_posix()), NOT_UTF8)
-        elif suffix in FOREIGN_SUFFIXES:
-            yield Skipped(relative.as_posix(), f"{suffix} images can't be read; convert it to PNG or JPEG")
-        elif suffix in IMAGE_SUFFIXES:
-            class_name = relative.parent.as_posix() if len(relative.parts) > 1 else None
-            items.append(Item(relative.as_posix(), str(path), sidecar(path), class_name))
+    for entry in _walk(folder):
+        if isinstance(entry, Skipped):
+            yield entry
+        else:
+            items.append(entry)
     captions = folder / "captions.jsonl"
     yield from with_captions(items, captions) if captions.is_file() else items
 
 
+def _walk(folder: Path, below: str = "", around: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Item | Skipped]:
+    """The images in `folder/below` and deeper. `around` are the folders it lies in, by device and inode."""
+    here = folder / below
+    try:
+        status = here.stat()
+        with os.scandir(here) as listing:
+            entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=attrgetter("name"))
+    except OSError as err:
+        yield Skipped(below or str(folder), f"{err.strerror}")
+        return
+    if (status.st_dev, status.st_ino) in around:
+        yield Skipped(below, "a link to a folder that it lies in")
+        return
+    names = {entry.name.casefold() for entry in entries}
+    for entry in entries:
+        path = f"{below}/{entry.name}" if below else entry.name
+        is_folder, is_file = _kind(entry)
+        if is_folder:
+            yield from _walk(folder, path, around | {(status.st_dev, status.st_ino)})
+        elif (found := _found(entry, path, here, names, is_file=is_file)) is not None:
+            yield found
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is, or links to, a folder or a file. Only links take a look at the disk."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:  # a circle of links, or a way through a closed folder
+        return False, False
+
+
+def _found(entry: os.DirEntry[str], path: str, here: Path, names: set[str], *, is_file: bool) -> Item | Skipped | None:
+    """What an entry of the folder `here` that is no folder is to a dataset; `names` are all in that folder, casefolded."""
+    stem, dot, ending = entry.name.rpartition(".")
+    suffix = (dot + ending).lower() if dot else ""
+    if not is_file and entry.is_symlink() and (suffix in IMAGES or not suffix):  # without a suffix: perhaps once to a folder of images
+        return Skipped(path, "a link to nothing")
+    if suffix not in IMAGES or not is_file:
+        return None
+    if not is_utf8(path):
+        return Skipped(ascii(path), NOT_UTF8)
+    if suffix in FOREIGN_SUFFIXES:
+        return Skipped(path, foreign(suffix))
+    file = here / entry.name
+    # The names spare a look for each image that has no text. Casefolded, as A.TXT is A.txt on some disks.
+    caption = sidecar(file) if f"{stem}.txt".casefold() in names else None
+    return Item(path, str(file), caption, path.rpartition("/")[0] or None)
+
+
+def foreign(suffix: str) -> str:
+    """The reason to skip an image of FOREIGN_SUFFIXES."""
+    return f"{suffix} images can't be read; convert it to PNG or JPEG"
+
+
 def from_manifest(path: Path) -> Iterator[Item | Skipped]:
     """Rows with `image` (relative to the manifest) and optionally `id`, `caption`, `class`."""
-    for number, row in _rows(path, errors="surrogateescape"):
+    for number, row, fault in _rows(path, errors="surrogateescape"):
         where = f"{path.name}:{number}"
+        if fault:
+            yield Skipped(where, fault)
+            continue
         if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
             yield Skipped(where, "no 'image' in this line")
             continue
         image = path.parent / row["image"]
         # An id or a class may be a number, 0 among them.
         item_id, caption, class_name = (None if row.get(key) in (None, "") else row[key] for key in ("id", "caption", "class"))
-        if not _is_utf8(f"{row['image']}{item_id}{caption}{class_name}"):
+        if not is_utf8(f"{row['image']}{item_id}{caption}{class_name}"):
             yield Skipped(where, "not UTF-8 text; rename or rewrite it as UTF-8")
         elif not image.is_file():
             yield Skipped(where, f"{row['image']}: no such file")
@@ -74,10 +131,12 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
 def sidecar(path: Path) -> str | None:
     """The caption in NAME.txt beside the image."""
     file = path.with_suffix(".txt")
-    if not file.is_file():
-        return None
     try:
         return file.read_text(encoding="utf-8-sig").strip() or None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as err:
+        raise DataError(f"{file}: {err.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}: not readable as UTF-8 text") from None
 
@@ -104,9 +163,13 @@ def read_captions(path: Path) -> dict[str, str]:
     return dict(caption_lines(path))
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(text: str) -> bool:
     """Whether a file's name or a text can be written down: bytes that are no UTF-8 arrive as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_or_none(text: str) -> Any:
@@ -121,7 +184,9 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
     """A captions.jsonl: (id, caption) line by line. DataError for a file that is not there or a line that can't be read."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    for number, row in _rows(path):
+    for number, row, fault in _rows(path):
+        if fault:
+            raise DataError(f"{path}:{number}: {fault}")
         key = row.get("id", row.get("image")) if isinstance(row, dict) else None
         if isinstance(key, int):
             key = str(key)
@@ -131,19 +196,27 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield key, row["caption"]
 
 
-def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, Any]]:
-    """(line number, row) of a .csv or else .jsonl; an unreadable JSON line is None."""
+def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, Any, str]]:
+    """(line number, row, what is wrong with it) of a .csv or else .jsonl; an unreadable JSON line is the row None."""
     try:
         with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
             if path.suffix.lower() == ".csv":
-                reader = csv.DictReader(file)
-                if "image" not in (reader.fieldnames or []):
-                    raise DataError(f"{path}: the header line has no column 'image'")
-                for row in reader:
-                    yield reader.line_num, row
+                yield from _csv_rows(path, file)
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield number, json_or_none(line)
+                        yield number, json_or_none(line), ""
     except (UnicodeDecodeError, csv.Error) as err:
         raise DataError(f"{path}: not readable as text: {err}") from None
+
+
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any, str]]:
+    reader = csv.DictReader(file, skipinitialspace=True)
+    reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+    if "image" not in columns:
+        raise DataError(f"{path}: the header line has no column 'image'")
+    for row in reader:
+        more = row.pop(None, [])  # cells past the header; blank ones are the commas that spreadsheets put at the end
+        wrong = any(cell.strip() for cell in more)
+        cells = f"{len(columns) + len(more)} cells for {len(columns)} columns"
+        yield reader.line_num, row, f"{cells}: put captions that hold commas into quotes" if wrong else ""

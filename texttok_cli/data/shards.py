@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
-from texttok_cli.data.listings import json_or_none
+from texttok_cli.data.listings import FOREIGN_SUFFIXES, IMAGES, foreign, is_utf8, json_or_none
 
 TEXT_SUFFIXES = {".json", ".txt", ".cls"}
 MAX_TEXT_BYTES = 1 << 20
@@ -22,6 +22,7 @@ class _Index:
     images: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    unusable: list[tuple[str, Skipped]] = field(default_factory=list)  # by key: what looks like an image, but is none for us
     broken: str = ""  # why nothing more could be read, if so
 
 
@@ -33,7 +34,9 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
     for key, member in index.images.items():
         texts = index.texts.get(key, {})
         info = json_or_none(texts.get(".json", "{}"))
-        if member.offset_data + member.size > size:
+        if not is_utf8(key):
+            yield Skipped(ascii(key), f"its name in {path.name} is not UTF-8; rename it")
+        elif member.offset_data + member.size > size:
             yield Skipped(key, f"{path.name} is cut short within this image")
         elif index.broken and not texts and (index.texts or key == last):
             yield Skipped(key, f"{path.name} is cut short after this image, where its caption may have been")
@@ -42,8 +45,12 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
         else:
             class_name = info["class"] if "class" in info else texts.get(".cls")
             caption = _caption(info, texts.get(".txt"), caption_field)
-            yield Item(key, file, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
+            item = Item(key, file, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
+            fault = f"its caption or class in {path.name} is not Unicode text; rewrite it as UTF-8"
+            yield item if is_utf8(f"{item.caption}{item.class_name}") else Skipped(key, fault)
     yield from index.skipped
+    # Beside an image of the same key they are other fields of that sample, such as a mask in KEY.mask.png.
+    yield from (entry for key, entry in index.unusable if key not in index.images)
     if index.broken:
         yield Skipped(path.name, f"unreadable from some point on: {index.broken}")
 
@@ -65,10 +72,14 @@ def _note(index: _Index, shard: tarfile.TarFile, member: tarfile.TarInfo) -> Non
     path = PurePosixPath(member.name)
     stem, dot, suffix = path.name.partition(".")  # webdataset: a key ends at the first dot of the last path component
     suffix = dot + suffix.lower()
-    if not member.isfile() or not stem:
+    if not stem:  # a hidden file
         return
     key = path.with_name(stem).as_posix()
-    if suffix in IMAGE_SUFFIXES:
+    if fault := _fault(member, suffix, path.suffix.lower()):
+        index.unusable.append((key, Skipped(member.name, fault)))
+    elif not member.isfile():
+        return
+    elif suffix in IMAGE_SUFFIXES:
         if key in index.images:
             index.skipped.append(Skipped(member.name, f"{key} is already the key of another image in this shard"))
         index.images.setdefault(key, member)
@@ -76,6 +87,17 @@ def _note(index: _Index, shard: tarfile.TarFile, member: tarfile.TarInfo) -> Non
         too_large = member.size > MAX_TEXT_BYTES
         file = None if too_large else shard.extractfile(member)
         index.texts.setdefault(key, {})[suffix] = "" if file is None else file.read().decode("utf-8", "replace").strip()
+
+
+def _fault(member: tarfile.TarInfo, suffix: str, kind: str) -> str:
+    """Why a member can't be used though it looks like an image by the last part of its suffix, `kind`; else ""."""
+    if kind not in IMAGES or not (member.isfile() or member.issym() or member.islnk()):
+        return ""
+    if not member.isfile():
+        return "a link, not a file: write shards with tar --hard-dereference --dereference"
+    if kind in FOREIGN_SUFFIXES:
+        return foreign(kind)
+    return "" if suffix == kind else "its key ends at the first dot: rename it"
 
 
 def _lost_end(file: BinaryIO, end: int) -> str:

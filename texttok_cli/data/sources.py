@@ -28,7 +28,7 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     or where it is null the last of `captions`. `captions` is a captions.jsonl whose entries win over what stands beside the images.
 
     Raises DataError for an input that is not there, is of an unknown kind or holds no image, for an unreadable line of `captions`
-    or if it has no image of these, and for an id that stands for two images of one input.
+    or if it has no image of these, for an id that stands for two images of one input, and for no input at all.
     """
     found: list[tuple[str, Item]] = []
     skipped: list[Skipped] = []
@@ -41,6 +41,8 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
             )
         found += [(source, entry) for entry in entries if isinstance(entry, Item)]
         skipped += unusable
+    if not found:
+        raise DataError("no input: name images, folders, manifests or shards")
     items = _with_unique_ids(found)
     if captions is not None:
         # Without one of their own first, to see that the file is of these images at all.
@@ -58,6 +60,8 @@ def _expand(name: str) -> list[str]:
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if numbers:
         first, last = numbers.groups()
+        if int(first) > int(last):
+            raise DataError(f"{name}: the range runs backwards; put the smaller number first")
         values = range(int(first), int(last) + 1)
         return [path for n in values for path in _expand(name.replace(numbers[0], str(n).zfill(len(first)), 1))]
     found = sorted(glob.glob(name))  # noqa: PTH207 (Path.glob takes no absolute pattern)
