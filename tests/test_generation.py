@@ -15,7 +15,7 @@ from torch import Tensor
 from texttok_cli import Generator, load_generator
 from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
 from texttok_cli.data.labels import find_class, spread_labels
-from texttok_cli.diffusion import parse_cfg, sample
+from texttok_cli.diffusion import Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TextTokError
 from texttok_cli.models.condition import Condition
 
@@ -55,10 +55,7 @@ def load(folder: Path) -> Callable[..., Generator]:
 def latents(generator: Generator, seeds: Sequence[int], class_ids: list[int] | None = None, cond: Condition | None = None) -> Tensor:
     return sample(
         generator.dit,
-        generator.dit.cfg.process,
-        sampler="ddim",
-        steps=3,
-        guidance=parse_cfg("1.5"),
+        Sampling("ddim", 3, parse_cfg("1.5")),
         seeds=seeds,
         class_ids=None if class_ids is None else torch.tensor(class_ids),
         cond=cond,

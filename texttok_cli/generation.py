@@ -22,7 +22,7 @@ from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
 from texttok_cli.data.labels import class_text, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
-from texttok_cli.diffusion import FITTING, Guidance, parse_cfg, sample
+from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
 from texttok_cli.models.dit import DiT
@@ -44,15 +44,6 @@ class Request:
     class_id: int | None = None  # of a class model
     text: str | None = None  # a text model's prompt; of a class model the caption that the detokenizer reads
     leaked: bool = False  # whether that caption is in the generator's training data
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How latents are drawn."""
-
-    sampler: str
-    steps: int
-    guidance: Guidance
 
 
 class Generator:
@@ -144,10 +135,7 @@ class Generator:
         class_ids = [request.class_id for request in requests]
         z = sample(
             self.dit,
-            self.dit.cfg.process,
-            sampler=how.sampler,
-            steps=how.steps,
-            guidance=how.guidance,
+            how,
             seeds=[request.seed for request in requests],
             class_ids=None if self.num_classes is None else torch.tensor(class_ids, device=device),
             cond=None if self.text is None else self.text(texts).to(device),

@@ -25,6 +25,7 @@ from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Timer, spread_of
 from texttok_cli.commands.bench import PART_NAMES
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
+from texttok_cli.diffusion import Sampling
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
@@ -94,9 +95,9 @@ def test_a_few_steps_and_a_part_of_the_batch_stand_for_all_and_the_row_says_so(m
     ran: list[tuple[int, int]] = []
     real = generate.sample
 
-    def counted(dit: DiT, process: object, **options: Any) -> torch.Tensor:
-        ran.append((options["steps"], len(options["seeds"])))
-        return real(dit, process, **options)  # type: ignore[arg-type]
+    def counted(dit: DiT, how: Sampling, **options: Any) -> torch.Tensor:
+        ran.append((how.steps, len(options["seeds"])))
+        return real(dit, how, **options)
 
     monkeypatch.setattr(generate, "sample", counted)
     once = Timer(warm_up=0, repeats=1)

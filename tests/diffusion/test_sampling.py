@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from texttok_cli.config.schema import GeneratorConfig
-from texttok_cli.diffusion import FITTING, SampleRng, build_process, parse_cfg, sample
+from texttok_cli.diffusion import FITTING, SampleRng, Sampling, build_process, parse_cfg, sample
 from texttok_cli.errors import RecipeError
 from texttok_cli.models import prepared
 from texttok_cli.models.condition import Condition
@@ -39,10 +39,10 @@ def build(condition: dict = CLASSES, process: dict | None = None, seed: int = 0,
     return model
 
 
-def draw(model: DiT, **changes: Any) -> Tensor:
+def draw(model: DiT, *, sampler: str | None = None, steps: int = 5, cfg: str = "1.5", **changes: Any) -> Tensor:
     conditions = {"cond": COND} if model.classes is None else {"class_ids": IDS}
-    settings = {"sampler": FITTING[model.cfg.process.kind][0], "steps": 5, "guidance": parse_cfg("1.5"), "seeds": [7, 8, 9, 10]}
-    return sample(model, model.cfg.process, **{**conditions, **settings, **changes})
+    how = Sampling(sampler or FITTING[model.cfg.process.kind][0], steps, parse_cfg(cfg))
+    return sample(model, how, **{**conditions, "seeds": [7, 8, 9, 10], **changes})
 
 
 @pytest.mark.parametrize("condition", [CLASSES, TEXT])
@@ -110,7 +110,7 @@ def test_no_pass_runs_that_has_no_weight(cfg: str, expected: list[bool], guided_
         return original(self, x, step, null=null)
 
     monkeypatch.setattr(PreparedDiT, "__call__", recorded)
-    draw(model, guidance=parse_cfg(cfg), **({"guide": guide} if guided_by == "guide" else {}))
+    draw(model, cfg=cfg, **({"guide": guide} if guided_by == "guide" else {}))
     if guided_by == "null":
         assert calls == [(True, i, null) for i, null in enumerate(expected)]
     else:
@@ -122,9 +122,9 @@ def test_no_pass_runs_that_has_no_weight(cfg: str, expected: list[bool], guided_
 @pytest.mark.parametrize("cfg", ["1", "1.5", "1.5:interval=0.2,0.8"])
 def test_replayed_steps_are_those_of_single_kernels(cfg: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build().cuda(), IDS.cuda()
-    replayed = draw(model, guidance=parse_cfg(cfg), class_ids=ids)
+    replayed = draw(model, cfg=cfg, class_ids=ids)
     monkeypatch.setattr(prepared, "REPLAYED_ROWS", 0)
-    torch.testing.assert_close(draw(model, guidance=parse_cfg(cfg), class_ids=ids), replayed, rtol=0, atol=0)
+    torch.testing.assert_close(draw(model, cfg=cfg, class_ids=ids), replayed, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there steps are recorded as CUDA graphs")
@@ -140,9 +140,7 @@ def test_autoguidance_goes_away_from_the_guides_prediction() -> None:
     with torch.no_grad():
         c, g = (m(noise, torch.full((4,), 1000.0), IDS) for m in (model, guide))
     torch.testing.assert_close(draw(model, steps=1, guide=guide), 0.5 + 2 * (noise - g - 1.5 * (c - g)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        draw(model, guide=model, guidance=parse_cfg("3")), draw(model, guidance=parse_cfg("1")), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(draw(model, guide=model, cfg="3"), draw(model, cfg="1"), rtol=1e-4, atol=1e-4)
 
 
 class CountReads(TorchDispatchMode):
@@ -164,7 +162,7 @@ def test_no_step_waits_for_the_device(condition: dict, kind: str, sampler: str) 
     model, counts = build(condition, {"kind": kind}), []
     for steps in (2, 6):
         with CountReads() as mode:
-            draw(model, sampler=sampler, steps=steps, guidance=parse_cfg("2:interval=0.3,1"))
+            draw(model, sampler=sampler, steps=steps, cfg="2:interval=0.3,1")
         counts.append(mode.reads)
     assert counts[0] == counts[1] <= 1  # the distinct classes, once
     with CountReads() as mode:

@@ -6,7 +6,7 @@ Letters: B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from texttok_cli.bench.subjects import (
 )
 from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
-from texttok_cli.diffusion import parse_cfg, plan_sampling, sample
+from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
 from texttok_cli.models.prepared import RECORDABLE
@@ -34,13 +34,9 @@ from texttok_cli.models.prepared import RECORDABLE
 MEASURED_STEPS = {"cpu": 2, "cuda": 50}  # of a run, of all its steps
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of a run."""
-
-    steps: int
-    sampler: str
-    guidance: str  # as `texttok sample --cfg`
+def asked_sampling(task: Task) -> Sampling:
+    """A whole run as the task asks for it. RecipeError for a guidance that can't be read."""
+    return Sampling(task.sampler, task.steps, parse_cfg(task.guidance))
 
 
 def generation_rows(task: Task) -> Iterator[Row]:
@@ -53,14 +49,15 @@ def generation_rows(task: Task) -> Iterator[Row]:
 
 
 def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Row]:
-    where, passes = task.where, 1 if str(parse_cfg(task.guidance)) == "1" else 2
+    where, how = task.where, asked_sampling(task)
+    passes = 1 if str(how.guidance) == "1" else 2
     rows = passes * sequence_length(cfg)
-    measured = min(task.steps, MEASURED_STEPS.get(where.device.type, task.steps))
+    part = replace(how, steps=min(how.steps, MEASURED_STEPS.get(where.device.type, how.steps)))
     note = joined(
-        f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{measured} steps run" if measured < task.steps else ""
+        f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{part.steps} steps run" if part.steps < how.steps else ""
     )
     # Guidance may leave steps unguided, and another share of few steps than of many.
-    times = _network_passes(cfg, task, task.steps) / _network_passes(cfg, task, measured)
+    times = _network_passes(cfg, how) / _network_passes(cfg, part)
     row = Row(part="generate", system=name, image_size=size, tokens=_tokens(cfg), steps=task.steps, note=note, times=times)
 
     def activations(batch: int) -> float:
@@ -68,21 +65,14 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
 
     def build() -> Callable[[int], Work]:
         dit = untrained_dit(cfg, where)
-        return lambda batch: guided_sampling(dit, batch, Sampling(measured, task.sampler, task.guidance), where)
+        return lambda batch: guided_sampling(dit, batch, part, where)
 
     yield from task.time_batches(row, rows, weights_bytes(partial(DiT, cfg), where.element), activations, build)
 
 
-def _network_passes(cfg: GeneratorConfig, task: Task, steps: int) -> int:
-    guidance, dropout = parse_cfg(task.guidance), cfg.condition.dropout
-    *_, weights = plan_sampling(cfg.process, task.sampler, steps, guidance, by_null=True, dropout=dropout)
+def _network_passes(cfg: GeneratorConfig, how: Sampling) -> int:
+    *_, weights = plan_sampling(cfg, how, by_null=True)
     return sum(1 if weight == 1 else 2 for weight in weights)
-
-
-def check_sampling(cfg: GeneratorConfig, sampling: Sampling) -> None:
-    """RecipeError for what `sample` would refuse of this model: before hours are spent on other settings."""
-    guidance = parse_cfg(sampling.guidance)
-    plan_sampling(cfg.process, sampling.sampler, sampling.steps, guidance, by_null=True, dropout=cfg.condition.dropout)
 
 
 def sequence_length(cfg: GeneratorConfig) -> int:
@@ -102,19 +92,10 @@ def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
     return materialize(lambda: in_precision(DiT(cfg), where.precision), where)
 
 
-def guided_sampling(dit: DiT, batch: int, sampling: Sampling, where: Where) -> Work:
+def guided_sampling(dit: DiT, batch: int, how: Sampling, where: Where) -> Work:
     """A whole sampling run of a batch, each sample of another class."""
-    class_ids, guidance = _classes(dit, batch, where), parse_cfg(sampling.guidance)
-    return lambda: sample(
-        dit,
-        dit.cfg.process,
-        sampler=sampling.sampler,
-        steps=sampling.steps,
-        guidance=guidance,
-        seeds=range(batch),
-        class_ids=class_ids,
-        autocast=where.precision == "bf16",
-    )
+    class_ids = _classes(dit, batch, where)
+    return lambda: sample(dit, how, seeds=range(batch), class_ids=class_ids, autocast=where.precision == "bf16")
 
 
 def guided_forward(dit: DiT, batch: int, where: Where) -> Work:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from texttok_cli.bench.generate import Sampling, check_sampling, generation_rows, sd_vae_work
+from texttok_cli.bench.generate import asked_sampling, generation_rows, sd_vae_work
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import (
     PATCH_OF_SIZE,
@@ -38,6 +38,7 @@ from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
 from texttok_cli.data import eval_batches, open_dataset
 from texttok_cli.data.loader import decoding_threads
+from texttok_cli.diffusion import plan_sampling
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
@@ -51,7 +52,7 @@ KINDS: tuple[Kind, ...] = ("TexTok", "Baseline")
 def check(task: Task, parts: Sequence[Part]) -> None:
     """RecipeError for a sampling that can't be and a recipe that there is not, before anything is timed."""
     if "generate" in parts:
-        check_sampling(generator_config(task.generator, task.tokens[0]), Sampling(task.steps, task.sampler, task.guidance))
+        plan_sampling(generator_config(task.generator, task.tokens[0]), asked_sampling(task), by_null=True)
     if "train" in parts:
         for _ in recipes(task):
             pass

@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from texttok_cli.bench.generate import Sampling, check_sampling
 from texttok_cli.bench.machine import describe
 from texttok_cli.bench.results import PaperSize, PointResult, TradeoffResult
 from texttok_cli.bench.systems import System, open_system
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.tradeoff import PointStore, Score, Series, Setting, Spec, measure_point, settings
 from texttok_cli.data import open_dataset
+from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.files import sha256_file
 from texttok_cli.metrics.inception import NETWORK, POOL_DIM, FidInception
@@ -97,7 +97,7 @@ def _look(series: Series, opener: Opener) -> _Facts:
     system = opener(series)
     try:
         for setting in settings(series):
-            check_sampling(system.config, Sampling(setting.steps, setting.sampler, setting.cfg))
+            plan_sampling(system.config, Sampling(setting.sampler, setting.steps, parse_cfg(setting.cfg)), by_null=True)
     except RecipeError as err:
         raise RecipeError(f"{series.name}: {err}") from None
     return _Facts(system.tokens, dict(system.identity))

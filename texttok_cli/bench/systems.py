@@ -19,7 +19,7 @@ from texttok_cli.bench.tradeoff import Series, Setting
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents, TokenLatents
 from texttok_cli.data.labels import spread_labels
 from texttok_cli.data.texts import read_prompts
-from texttok_cli.diffusion import parse_cfg, sample
+from texttok_cli.diffusion import Sampling, parse_cfg, sample
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator, Request, load_generator
@@ -129,10 +129,7 @@ class OriginalDiT:
         """See `System`."""
         z = sample(
             self.dit,
-            self.dit.cfg.process,
-            sampler=setting.sampler,
-            steps=setting.steps,
-            guidance=parse_cfg(setting.cfg),
+            Sampling(setting.sampler, setting.steps, parse_cfg(setting.cfg)),
             seeds=[self.seed + number for number in numbers],
             class_ids=torch.tensor([self.labels[number] for number in numbers], device=self.device),
             autocast=self.precision == "bf16",

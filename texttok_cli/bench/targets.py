@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from texttok_cli.bench.generate import MEASURED_STEPS, Sampling, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
+from texttok_cli.bench.generate import MEASURED_STEPS, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
 from texttok_cli.bench.machine import block_products, products
 from texttok_cli.bench.plain import plain_reconstruct
 from texttok_cli.bench.program import memory, start
@@ -35,6 +35,7 @@ from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import generator_steps, loader_work, tokenizer_steps
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import open_dataset
+from texttok_cli.diffusion import Guidance, Sampling
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.evaluator import Evaluator
 from texttok_cli.metrics.evaluator import Work as EvaluationWork
@@ -45,7 +46,7 @@ from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.plan import count_flops
 
-GUIDED = "1.5"  # a constant scale: both passes at every step
+GUIDED = Guidance(1.5)  # a constant scale: both passes at every step
 EVALUATED = 64  # images of the sample set in an evaluation that is timed
 
 
@@ -119,7 +120,7 @@ def _sampler(task: Task) -> Iterator[Target]:
     where, cpu = task.where, task.where.device.type == "cpu"
     steps, forward, most = (4, "bare", 5) if cpu else (50, "captured", 10)
     dit = untrained_dit(generator_config("XL", 32), where)
-    sampling = Sampling(steps, task.sampler, GUIDED)
+    sampling = Sampling(task.sampler, steps, GUIDED)
     for batch in [min(task.batches)] if cpu else task.batches:
         bare = guided_forward(dit, batch, where)
         works = {"sample": guided_sampling(dit, batch, sampling, where), "forward": bare if cpu else captured(bare)}
@@ -137,7 +138,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
     cpu = where.device.type == "cpu"
     measured, decoded = (1, 1) if cpu else (MEASURED_STEPS["cuda"], 8)  # steps, and images that SD-VAE decodes at once
     timer = Timer(where.device, repeats=1 if cpu else task.timer.repeats, clock=task.timer.clock)
-    sampling = Sampling(measured, task.sampler, GUIDED)
+    sampling = Sampling(task.sampler, measured, GUIDED)
     per_step: dict[str, float] = {}  # seconds of one step for one image
     for name, cfg, rows in (("texttok", generator_config("XL", 32), 64), ("sd-vae", grid_generator_config("XL", size), 2 * 1024)):
         dit = untrained_dit(cfg, where)

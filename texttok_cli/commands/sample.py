@@ -15,7 +15,8 @@ from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
     from texttok_cli.commands.sample_folder import SampleFolder
-    from texttok_cli.generation import Generator, Request, Sampling
+    from texttok_cli.diffusion import Sampling
+    from texttok_cli.generation import Generator, Request
     from texttok_cli.metrics.processes import Processes
 
 Labels = Literal["equal", "proportional"]

@@ -3,6 +3,6 @@
 from texttok_cli.diffusion.guidance import Guidance, parse_cfg
 from texttok_cli.diffusion.process import Process, build_process
 from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, SampleRng
-from texttok_cli.diffusion.sampling import plan_sampling, sample
+from texttok_cli.diffusion.sampling import Sampling, plan_sampling, sample
 
-__all__ = ["FITTING", "SAMPLERS", "Guidance", "Process", "SampleRng", "build_process", "parse_cfg", "plan_sampling", "sample"]
+__all__ = ["FITTING", "SAMPLERS", "Guidance", "Process", "SampleRng", "Sampling", "build_process", "parse_cfg", "plan_sampling", "sample"]

@@ -6,12 +6,13 @@ Letters: B batch, N tokens, d latent channels, S side of a feature map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from texttok_cli.config.schema import DDPM, Flow, GeneratorConfig
+from texttok_cli.config.schema import GeneratorConfig
 from texttok_cli.diffusion.guidance import Guidance
 from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
 from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, Denoiser, SampleRng, schedule_for
@@ -19,6 +20,15 @@ from texttok_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     from texttok_cli.models.condition import Condition
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How latents are drawn."""
+
+    sampler: str
+    steps: int
+    guidance: Guidance
 
 
 class Prepared(Protocol):
@@ -46,11 +56,8 @@ class Network(Protocol):
 @torch.no_grad()
 def sample(
     dit: Network,
-    process_cfg: DDPM | Flow,
+    how: Sampling,
     *,
-    sampler: str,
-    steps: int,
-    guidance: Guidance,
     seeds: Sequence[int],
     class_ids: Tensor | None = None,
     cond: Condition | None = None,
@@ -66,9 +73,7 @@ def sample(
     """
     if guide is not None:
         _check_guide(dit, guide)
-    process, schedule, weights = plan_sampling(
-        process_cfg, sampler, steps, guidance, by_null=guide is None, dropout=dit.cfg.condition.dropout
-    )
+    process, schedule, weights = plan_sampling(dit.cfg, how, by_null=guide is None)
     device = dit.latent_mean.device
     rng = SampleRng(seeds, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -77,25 +82,23 @@ def sample(
         network = dit.prepare(times, class_ids, cond, null=guided and guide is None)
         other = guide.prepare(times, class_ids, cond, null=False) if guide is not None and guided else None
         denoise = _denoiser(network, other, process, schedule, weights)
-        x = SAMPLERS[sampler](denoise, rng.normal(dit.latent_shape), schedule, rng)
+        x = SAMPLERS[how.sampler](denoise, rng.normal(dit.latent_shape), schedule, rng)
     return dit.destandardize(x)
 
 
-def plan_sampling(
-    process_cfg: DDPM | Flow, sampler: str, steps: int, guidance: Guidance, *, by_null: bool, dropout: float
-) -> tuple[Process, Schedule, list[float]]:
-    """The process, its schedule of so many steps and the guidance's weight at each, for a model trained with this dropout.
+def plan_sampling(cfg: GeneratorConfig, how: Sampling, *, by_null: bool) -> tuple[Process, Schedule, list[float]]:
+    """The model's process, its schedule and the guidance's weight at each step.
 
     Raises RecipeError for a sampler that isn't the process's, a number of steps it can't take, and guidance by the null condition
     of a model that never saw it.
     """
-    fitting = FITTING[process_cfg.kind]
-    if sampler not in fitting:
-        raise RecipeError(f"sampler {sampler!r} is none of those of a {process_cfg.kind} model: {', '.join(fitting)}")
-    process = build_process(process_cfg)
-    schedule = schedule_for(sampler, process, steps)
-    weights = [guidance.weight(fraction) for fraction in schedule.fractions]
-    if by_null and dropout == 0 and any(weight != 1 for weight in weights):
+    kind = cfg.process.kind
+    if how.sampler not in FITTING[kind]:
+        raise RecipeError(f"sampler {how.sampler!r} is none of those of a {kind} model: {', '.join(FITTING[kind])}")
+    process = build_process(cfg.process)
+    schedule = schedule_for(how.sampler, process, how.steps)
+    weights = [how.guidance.weight(fraction) for fraction in schedule.fractions]
+    if by_null and cfg.condition.dropout == 0 and any(weight != 1 for weight in weights):
         raise RecipeError("guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide")
     return process, schedule, weights
 

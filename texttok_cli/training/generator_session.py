@@ -19,7 +19,7 @@ from texttok_cli.config.recipe import GeneratorRecipe
 from texttok_cli.config.schema import Prompt, TextCondition, TokenLatents
 from texttok_cli.data import to_uint8
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
-from texttok_cli.diffusion import FITTING, parse_cfg, sample
+from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import RecipeError
 from texttok_cli.inference import find_model
 from texttok_cli.models.dit import DiT
@@ -205,17 +205,10 @@ class _Preview:
     def draw(self, dit: DiT) -> Tensor:
         """The samples, uint8 (B, 3, S, S), of the same seeds at every call."""
         process = self.recipe.model.process
-        z = sample(
-            dit,
-            process,
-            sampler=FITTING[process.kind][0],
-            steps=min(GRID_STEPS, process.timesteps) if process.kind == "ddpm" else GRID_STEPS,
-            guidance=parse_cfg(GRID_CFG if self.recipe.model.condition.dropout else "1"),
-            seeds=range(len(self.reconstructions)),
-            autocast=self.recipe.training.precision == "bf16",
-            **self.condition,
-        )
-        return self._decode(z)
+        steps = min(GRID_STEPS, process.timesteps) if process.kind == "ddpm" else GRID_STEPS
+        how = Sampling(FITTING[process.kind][0], steps, parse_cfg(GRID_CFG if self.recipe.model.condition.dropout else "1"))
+        autocast = self.recipe.training.precision == "bf16"
+        return self._decode(sample(dit, how, seeds=range(len(self.reconstructions)), autocast=autocast, **self.condition))
 
     @torch.no_grad()
     def _decode(self, z: Tensor) -> Tensor:
