@@ -22,6 +22,7 @@ from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.bottleneck import code_usage
 from texttok_cli.models.tokenizer import TexTok
+from texttok_cli.token_folder import Statistics
 from texttok_cli.training.adversary import Adversary
 from texttok_cli.training.conditioning import Conditioner
 from texttok_cli.training.engine import Engine
@@ -178,19 +179,16 @@ class TokenizerTask:
     def set_latent_statistics(self, batches: Iterable[Any]) -> None:
         """Fill the EMA model's per-channel mean and std over all tokens of these training images."""
         model = self.ema_model
-        total = torch.zeros(2, self.recipe.model.latent_dim, dtype=torch.float64)
-        count = 0
+        found: Statistics | None = None
         for batch in batches:
             x = normalize(batch.images.to(self.engine.device))
             cond = model.resolve(**self.condition(batch.indices.tolist()))
-            z = model.encode(x, cond).z.flatten(0, 1).cpu().double()  # (B*N, d)
-            total += torch.stack([z.sum(0), z.square().sum(0)])
-            count += len(z)
-        if not count:
+            part = Statistics.of(model.encode(x, cond).z.cpu())
+            found = part if found is None else found.plus(part)
+        if found is None:
             raise DataError("none of the training images that the latents' statistics are computed from can be read")
-        mean = total[0] / count
-        model.latent_mean.copy_(mean)
-        model.latent_std.copy_((total[1] / count - mean**2).clamp_min(0).sqrt())
+        model.latent_mean.copy_(torch.tensor(found.mean, dtype=torch.float64))
+        model.latent_std.copy_(torch.tensor(found.std, dtype=torch.float64))
 
     # ------------------------------------------------------------------ what it leaves
 
