@@ -203,7 +203,7 @@ def test_the_subjects_are_the_paper_s() -> None:
     assert weights_bytes(lambda: TexTok(cfg), 4) / 4 == pytest.approx(176e6, rel=0.005)
     assert rows_of(cfg) == 1024 + 128 + 128
     assert rows_of(tokenizer_config("Baseline", 32, 512)) == 1024 + 32
-    assert generate.sequence_length(grid_generator_config("XL", 512)) == 1024
+    assert grid_generator_config("XL", 512).latents.sequence_length == 1024
 
 
 @pytest.mark.parametrize(("size", "billions"), [("XL", 1.22), ("XXL", 4.76)])

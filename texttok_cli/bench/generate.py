@@ -25,7 +25,7 @@ from texttok_cli.bench.subjects import (
     weights_bytes,
 )
 from texttok_cli.bench.task import Task, Work, joined
-from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig
 from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
@@ -51,14 +51,14 @@ def generation_rows(task: Task) -> Iterator[Row]:
 def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Row]:
     where, how = task.where, asked_sampling(task)
     passes = 1 if str(how.guidance) == "1" else 2
-    rows = passes * sequence_length(cfg)
+    rows = passes * cfg.latents.sequence_length
     part = replace(how, steps=min(how.steps, MEASURED_STEPS.get(where.device.type, how.steps)))
     note = joined(
         f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{part.steps} steps run" if part.steps < how.steps else ""
     )
     # Guidance may leave steps unguided, and another share of few steps than of many.
     times = _network_passes(cfg, how) / _network_passes(cfg, part)
-    row = Row(part="generate", system=name, image_size=size, tokens=_tokens(cfg), steps=task.steps, note=note, times=times)
+    row = Row(part="generate", system=name, image_size=size, tokens=cfg.latents.num_vectors, steps=task.steps, note=note, times=times)
 
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows, cfg.backbone.width, 4)
@@ -73,17 +73,6 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
 def _network_passes(cfg: GeneratorConfig, how: Sampling) -> int:
     *_, weights = plan_sampling(cfg, how, by_null=True)
     return sum(1 if weight == 1 else 2 for weight in weights)
-
-
-def sequence_length(cfg: GeneratorConfig) -> int:
-    """Tokens that the transformer sees."""
-    latents = cfg.latents
-    return (latents.size // latents.patch_size) ** 2 if isinstance(latents, GridLatents) else latents.num_tokens
-
-
-def _tokens(cfg: GeneratorConfig) -> int:
-    """Latent vectors, before they are cut into patches."""
-    return cfg.latents.size**2 if isinstance(cfg.latents, GridLatents) else cfg.latents.num_tokens
 
 
 def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:

@@ -16,7 +16,7 @@ from texttok_cli.baselines import PREFIX, SDVAE, load_baseline
 from texttok_cli.baselines.base import FACTOR
 from texttok_cli.baselines.dit import load_dit
 from texttok_cli.bench.tradeoff import Series, Setting
-from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents, TokenLatents
+from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
 from texttok_cli.data.labels import spread_labels
 from texttok_cli.data.texts import read_prompts
 from texttok_cli.diffusion import Sampling, parse_cfg, sample
@@ -68,9 +68,7 @@ class TexTokSystem:
             offline=offline,
         )
         self.config = self.generator.dit.cfg
-        latents = self.config.latents
-        assert isinstance(latents, TokenLatents)
-        self.tokens, self.image_size = latents.num_tokens, self.generator.tokenizer.cfg.image_size
+        self.tokens, self.image_size = self.config.latents.num_vectors, self.generator.tokenizer.cfg.image_size
         self.requests = _requests(self.generator, series, range(seed, seed + images))
         self.identity: Mapping[str, object] = {
             "generator": self.generator.info.sha256,
@@ -121,7 +119,7 @@ class OriginalDiT:
         self.config = self.dit.cfg
         latents, condition = self.config.latents, self.config.condition
         assert isinstance(latents, GridLatents) and isinstance(condition, ClassLabels)
-        self.tokens, self.image_size = latents.size**2, FACTOR * latents.size
+        self.tokens, self.image_size = latents.num_vectors, FACTOR * latents.size
         self.labels, self.seed = spread_labels([1] * condition.num_classes, images), seed
         self.identity: Mapping[str, object] = {"generator": sha256_file(path), "tokenizer": decoder.info.sha256}
 

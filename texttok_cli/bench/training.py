@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from texttok_cli.bench.generate import sequence_length
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import DoesNotFit, Where, check_fits, rows_of, weights_bytes
 from texttok_cli.bench.task import Task, Work, joined
@@ -56,7 +55,7 @@ def training_rows(task: Task) -> Iterator[Row]:
     for row, recipe in recipes(task):
         if isinstance(recipe, GeneratorRecipe):
             wanted = partial(generator_bytes, recipe.model, where=task.where)
-            yield from _rows(task, row, sequence_length(recipe.model), wanted, generator_steps)
+            yield from _rows(task, row, recipe.model.latents.sequence_length, wanted, generator_steps)
         else:
             needed = partial(tokenizer_bytes, recipe.model, where=task.where)
             yield from _rows(task, row, rows_of(recipe.model), needed, tokenizer_steps)
@@ -87,7 +86,7 @@ def tokenizer_bytes(cfg: TokenizerConfig, batch: int, *, where: Where) -> float:
 
 def generator_bytes(cfg: GeneratorConfig, batch: int, *, where: Where) -> float:
     """As `tokenizer_bytes`."""
-    return 2 * STATE * weights_bytes(partial(DiT, cfg), 4) + kept_bytes(cfg.backbone, batch, sequence_length(cfg), where)
+    return 2 * STATE * weights_bytes(partial(DiT, cfg), 4) + kept_bytes(cfg.backbone, batch, cfg.latents.sequence_length, where)
 
 
 def kept_bytes(backbone: Transformer, batch: int, rows: int, where: Where) -> float:

@@ -183,6 +183,26 @@ class TokenLatents(Config):
     num_tokens: int = Field(32, ge=1, le=65536)
     latent_dim: int = Field(8, ge=1, le=4096)
 
+    @property
+    def channels(self) -> int:
+        """Numbers in a vector, d."""
+        return self.latent_dim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's latents: (N, d)."""
+        return self.num_tokens, self.latent_dim
+
+    @property
+    def num_vectors(self) -> int:
+        """Latent vectors of one image, N."""
+        return self.num_tokens
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that the generator's transformer sees, N."""
+        return self.num_tokens
+
 
 class GridLatents(Config):
     """A feature map such as SD-VAE's, cut into square patches: the original DiT's input."""
@@ -197,6 +217,21 @@ class GridLatents(Config):
         if self.size % self.patch_size:
             raise ValueError(f"size {self.size} is not a multiple of patch_size {self.patch_size}")
         return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's latents: (d, S, S)."""
+        return self.channels, self.size, self.size
+
+    @property
+    def num_vectors(self) -> int:
+        """Latent vectors of one image, S*S, before they are cut into patches."""
+        return self.size**2
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that the generator's transformer sees: patches."""
+        return (self.size // self.patch_size) ** 2
 
 
 class ClassLabels(Config):
@@ -256,8 +291,7 @@ class GeneratorConfig(Config):
         parts = 4 if isinstance(self.latents, GridLatents) else 2  # sines and cosines, of a map for rows and columns
         if self.backbone.width % parts:
             raise ValueError(f"backbone width {self.backbone.width} is not a multiple of {parts}, which the positions need")
-        latents = self.latents
-        tokens = (latents.size // latents.patch_size) ** 2 if isinstance(latents, GridLatents) else latents.num_tokens
+        tokens = self.latents.sequence_length
         if tokens * self.backbone.width > MAX_POSITIONS:  # they are computed, so a file of a few bytes could ask for any number
             raise ValueError(f"{tokens:,} tokens of width {self.backbone.width:,} are more than any model here; {MAX_POSITIONS:,} at most")
         return self

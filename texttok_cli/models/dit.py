@@ -38,12 +38,8 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         latents, cond, dim = cfg.latents, cfg.condition, cfg.backbone.width
-        grid = isinstance(latents, GridLatents)
-        channels = latents.channels if isinstance(latents, GridLatents) else latents.latent_dim
+        channels, self.latent_shape = latents.channels, latents.shape
         self.patch_size = latents.patch_size if isinstance(latents, GridLatents) else None
-        self.latent_shape: tuple[int, ...] = (
-            (channels, latents.size, latents.size) if isinstance(latents, GridLatents) else (latents.num_tokens, channels)
-        )
         features = channels * (self.patch_size or 1) ** 2
         predictions = 2 if isinstance(cfg.process, DDPM) and cfg.process.learned_sigma else 1
         self.embed = nn.Linear(features, dim)
@@ -62,7 +58,7 @@ class DiT(nn.Module):
         # Statistics of the tokenizer's latents, one number a channel.
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
-        self._channel_shape = (channels, 1, 1) if grid else (channels,)
+        self._channel_shape = (channels,) if self.patch_size is None else (channels, 1, 1)
         self._init_weights()
 
     def forward(
