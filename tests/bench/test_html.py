@@ -55,9 +55,9 @@ def test_every_text_is_escaped() -> None:
 
 
 def test_a_page_needs_nothing_else() -> None:
-    html = page("A page", figure(picture(b"\x00\x01", "dots", kind="jpeg")))
+    html = page("A page", figure(picture(b"\x00\x01", "dots")))
     found = outline(html)
-    assert ("src", "data:image/jpeg;base64,AAE=") in found.attributes and ("charset", "utf-8") in found.attributes
+    assert ("src", "data:image/png;base64,AAE=") in found.attributes and ("charset", "utf-8") in found.attributes
     assert not {"link", "script", "iframe"} & set(found.seen)
     assert not re.search(r"url\(|@import|https?:", html)
     assert ("name", "viewport") in found.attributes and "prefers" not in html and "color-scheme: light dark" in html

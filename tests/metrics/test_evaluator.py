@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gaussians import gaussian_of
 
 from texttok_cli import metrics
 from texttok_cli.assets import ASSETS, _in_package
@@ -20,7 +21,6 @@ from texttok_cli.metrics.processes import run_pass
 from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.metrics.registry import METRICS, check_images, check_names
 from texttok_cli.metrics.sources import Images
-from texttok_cli.metrics.statistics import gaussian_of
 
 DIM = 32  # in the place of 2048 and 2023
 ALL = ["fid", "sfid", "kid", "is", "is-shuffled", "precision", "recall"]

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, resolve
 from texttok_cli.data import eval_batches, open_dataset
@@ -16,7 +17,7 @@ from texttok_cli.files import sha256_file
 from texttok_cli.metrics.distribution import kid
 from texttok_cli.metrics.inception import FidInception
 from texttok_cli.metrics.resize import RESIZES, Resize
-from texttok_cli.metrics.statistics import frechet_distance, gaussian_of
+from texttok_cli.metrics.statistics import frechet_distance
 
 
 def images(n: int = 2, size: int = 40, seed: int = 0) -> torch.Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gaussians import gaussian_of
 
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import DataError
 from texttok_cli.metrics import sources
 from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, read_npz_reference, write_statistics
-from texttok_cli.metrics.statistics import gaussian_of
 
 Draw = Callable[..., Path]
 

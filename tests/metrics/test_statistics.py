@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from gaussians import gaussian_of
 
-from texttok_cli.metrics.statistics import Gaussian, RunningGaussian, frechet_distance, gaussian_of
+from texttok_cli.metrics.statistics import Gaussian, RunningGaussian, frechet_distance
 
 
 def features(n: int, dim: int = 12, seed: int = 0) -> torch.Tensor:

@@ -34,7 +34,6 @@ def test_it_answers_as_the_encoder_and_asks_once() -> None:
     assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
     assert same(cache(TEXTS), HashEncoder(CONFIG)(TEXTS))
     assert encoder.asked == TEXTS[:3]
-    assert cache.fingerprint == encoder.fingerprint and cache.lengths(TEXTS) == encoder.lengths(TEXTS)
 
 
 def test_the_least_recently_used_text_goes_first() -> None:

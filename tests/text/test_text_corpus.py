@@ -36,10 +36,11 @@ def encoder() -> HashEncoder:
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8)])
 def test_it_answers_as_the_encoder_to_the_storage_types_rounding(
-    storage: corpus_module.Storage, tolerance: float, encoder: HashEncoder, tmp_path: Path
+    storage: corpus_module.Storage, tolerance: float, encoder: HashEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedded = embed_corpus(encoder, [*TEXTS, *TEXTS], tmp_path, batch_size=8, storage=storage)
-    assert len(embedded) == len(TEXTS)
+    monkeypatch.setattr(corpus_module, "BATCH", 8)
+    embedded = embed_corpus(encoder, [*TEXTS, *TEXTS], tmp_path, storage=storage)
+    assert len(embedded._index) == len(TEXTS)  # each once
     for batch in (TEXTS[5:9], [""], ["", TEXTS[8], ""]):
         ours, reference = embedded(batch), encoder(batch)
         assert (ours.mask is None) == (reference.mask is None)
@@ -55,11 +56,12 @@ def test_made_once_and_then_only_read(encoder: HashEncoder, tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "BATCH", 8)
     monkeypatch.setattr(corpus_module, "PART_BYTES", 1)  # a part a batch
     with pytest.raises(KeyboardInterrupt):
-        embed_corpus(Interrupted(3), TEXTS, tmp_path, batch_size=8)
+        embed_corpus(Interrupted(3), TEXTS, tmp_path)
     progress: list[tuple[int, int]] = []
-    embedded = embed_corpus(Interrupted(3), TEXTS, tmp_path, batch_size=8, on_progress=lambda *at: progress.append(at))
+    embedded = embed_corpus(Interrupted(3), TEXTS, tmp_path, on_progress=lambda *at: progress.append(at))
     assert [done for done, _ in progress] == [32, 40, 41] and {total for _, total in progress} == {41}
     assert torch.allclose(embedded(TEXTS).tokens, HashEncoder(CONFIG)(TEXTS).tokens, rtol=1e-3)
     assert not list(tmp_path.glob("*.tmp"))
@@ -68,7 +70,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_later_captions_are_added(encoder: HashEncoder, tmp_path: Path) -> None:
     embed_corpus(encoder, TEXTS[:20], tmp_path)
     embedded = embed_corpus(encoder, TEXTS, tmp_path)
-    assert len(embedded) == len(TEXTS) and len(list(tmp_path.iterdir())) == 2
+    assert len(embedded._index) == len(TEXTS)  # each once and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("update", [{"max_tokens": 11}, {"dim": 8}])

@@ -78,9 +78,9 @@ def figure(image: Html, *captions: object) -> Html:
     return element("figure", image, *below)
 
 
-def picture(data: bytes, alt: str, *, kind: str = "png") -> Html:
-    """An image file's bytes, as a part of the page; `alt` says what it shows. `kind`: png, jpeg, svg+xml."""
-    return Html(f'<img src="data:image/{kind};base64,{b64encode(data).decode()}" alt="{escape(alt)}">')
+def picture(data: bytes, alt: str) -> Html:
+    """A PNG file's bytes, as a part of the page; `alt` says what it shows."""
+    return Html(f'<img src="data:image/png;base64,{b64encode(data).decode()}" alt="{escape(alt)}">')
 
 
 def _escaped(part: object) -> str:

@@ -79,9 +79,9 @@ def free_memory(device: torch.device) -> int:
 Product = tuple[int, int, int]  # rows, inputs, outputs of a linear layer
 
 
-def block_products(rows: int, width: int, mlp_ratio: float = 4.0) -> list[Product]:
-    """The four linear layers of a transformer block on `rows` tokens."""
-    hidden = int(width * mlp_ratio)
+def block_products(rows: int, width: int) -> list[Product]:
+    """The four linear layers of a transformer block on `rows` tokens, its hidden layer 4 times as wide."""
+    hidden = 4 * width
     return [(rows, width, 3 * width), (rows, width, width), (rows, width, hidden), (rows, hidden, width)]
 
 

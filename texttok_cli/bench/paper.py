@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from texttok_cli.bench.curves import Point, gain, mean_gain
+from texttok_cli.bench.curves import Point
 
 SIZES = (256, 512)
 SD_VAE = "SD-VAE-f8"
@@ -45,17 +45,3 @@ def points(size: int) -> dict[str, list[Point]]:
     ours = [Point(f"TexTok-{n}", seconds[n], fid(f"TexTok-{n} + DiT-XL", size)) for n in sorted(seconds)]
     [reference] = column("table5", "generation", SD_VAE, size).values()
     return {"TexTok + DiT-XL": ours, "SD-VAE-f8 + DiT-XL/2": [Point("DiT-XL/2", reference, fid("DiT-XL/2", size))]}
-
-
-def derived() -> dict[str, float]:
-    """The paper's derived numbers computed from its tables, by the id of the claim; claims that its tables can't give are not in it."""
-    found = {}
-    for size in SIZES:
-        for letter, metric in (("r", "rFID"), ("g", "gFID")):
-            means = [column("table1", metric, system, size) for system in ("Baseline", "TexTok")]
-            found[f"{letter}fid-{size}-mean"] = mean_gain(*means)
-        found[f"iso-time-gain-{size}"] = gain(fid("DiT-XL/2", size), fid("TexTok-256 + DiT-XL", size))
-    for name, size, tokens in (("equal-steps", 512, 32), ("equal-steps", 256, 64), ("less-time", 512, 256)):
-        [reference] = column("table5", "generation", SD_VAE, size).values()
-        found[f"{name}-{size}-{tokens}"] = reference / column("table5", "generation", "TexTok", size)[tokens]
-    return found

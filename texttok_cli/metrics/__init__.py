@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from texttok_cli.metrics.registry import METRICS
     from texttok_cli.metrics.report import compare, load_report
     from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
-    from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance, gaussian_of
+    from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 
 _HOMES = {
     "METRICS": "registry",
@@ -38,7 +38,6 @@ _HOMES = {
     "Work": "evaluator",
     "compare": "report",
     "frechet_distance": "statistics",
-    "gaussian_of": "statistics",
     "inception_score_adm": "distribution",
     "inception_score_shuffled": "distribution",
     "kid": "distribution",
@@ -61,7 +60,6 @@ __all__ = [
     "Work",
     "compare",
     "frechet_distance",
-    "gaussian_of",
     "inception_score_adm",
     "inception_score_shuffled",
     "kid",

@@ -18,7 +18,7 @@ from texttok_cli.metrics.resize import RESIZES, Resize
 
 BN_EPS = 1e-3
 SPATIAL_CHANNELS = 7  # ADM's evaluator keeps the first 7 channels of its layer mixed_6/conv:0
-POOL_DIM, SPATIAL_DIM, LOGITS = 2048, 17 * 17 * SPATIAL_CHANNELS, 1008
+POOL_DIM, SPATIAL_DIM = 2048, 17 * 17 * SPATIAL_CHANNELS
 NETWORK = "inception-v3 of 2015-12-05"
 
 

@@ -69,13 +69,6 @@ class RunningGaussian:
         self.n, self.mean, self.scatter = int(state["n"]), state["mean"], state["scatter"]
 
 
-def gaussian_of(features: Tensor) -> Gaussian:
-    """Mean and covariance of features (n, D)."""
-    running = RunningGaussian(features.shape[1])
-    running.update(features)
-    return running.gaussian()
-
-
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^1/2), the FID of its features.
 

@@ -26,7 +26,7 @@ class EmbeddingCache:
     def __init__(self, encoder: TextEncoder, *, max_bytes: int | None = None) -> None:
         self.encoder = encoder
         self.max_bytes = KEPT_TOKENS * encoder.dim * 4 if max_bytes is None else max_bytes
-        self.config, self.dim, self.max_tokens, self.fingerprint = encoder.config, encoder.dim, encoder.max_tokens, encoder.fingerprint
+        self.config, self.max_tokens = encoder.config, encoder.max_tokens
         self._states: OrderedDict[str, Tensor] = OrderedDict()  # (T_i, C), the least recently used first
         self._bytes = 0
 
@@ -49,7 +49,3 @@ class EmbeddingCache:
             _, oldest = self._states.popitem(last=False)
             self._bytes -= oldest.nbytes
         return condition
-
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, after truncation."""
-        return self.encoder.lengths(texts)

@@ -25,6 +25,7 @@ from texttok_cli.text.base import TextEncoder, pad, unpad
 
 FORMAT = 1
 HASH_BYTES = 32
+BATCH = 64  # texts encoded at once
 PART_BYTES = 64 * 2**20  # written at once, so at most this much is lost by an interruption: about ten seconds of encoding
 # fp16 is the default: its mantissa has three more bits than bf16's, and states after a final norm are far below its maximum, 65,504.
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,9 +45,6 @@ class CorpusEmbeddings:
         self._index: dict[bytes, tuple[Tensor, int, int]] = {}  # text's hash -> tokens of its part, begin, end
         for path in sorted(folder.glob("part-*.safetensors")):
             self.add_part(path)
-
-    def __len__(self) -> int:
-        return len(self._index)
 
     def __contains__(self, text: str) -> bool:
         return _text_hash(text) in self._index
@@ -82,7 +80,6 @@ def embed_corpus(
     folder: Path,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    batch_size: int = 64,
     storage: Storage = "fp16",
 ) -> CorpusEmbeddings:
     """Embed every different text into `folder`, unless it is there already, and open the folder.
@@ -97,7 +94,7 @@ def embed_corpus(
     done = len(unique) - len(missing)
     names: list[str] = []
     states: list[Tensor] = []
-    for batch in _batches(encoder, missing, batch_size):
+    for batch in _batches(encoder, missing):
         names += batch
         states += [_stored(state, storage, folder) for state in unpad(encoder(batch))]
         done += len(batch)
@@ -114,14 +111,14 @@ def estimate_bytes(encoder: TextEncoder, texts: Iterable[str]) -> int:
     return sum(lengths) * encoder.dim * 2 + len(lengths) * (HASH_BYTES + 8)
 
 
-def _batches(encoder: TextEncoder, texts: list[str], batch_size: int) -> Iterator[list[str]]:
+def _batches(encoder: TextEncoder, texts: list[str]) -> Iterator[list[str]]:
     """Batches of texts of like length, so that little is padding."""
     if not texts:
         return
     lengths = encoder.lengths(texts)
     order = sorted(range(len(texts)), key=lengths.__getitem__)
-    for start in range(0, len(order), batch_size):
-        yield [texts[i] for i in order[start : start + batch_size]]
+    for start in range(0, len(order), BATCH):
+        yield [texts[i] for i in order[start : start + BATCH]]
 
 
 def _stored(state: Tensor, storage: Storage, folder: Path) -> Tensor:

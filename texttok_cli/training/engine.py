@@ -97,7 +97,7 @@ class Engine:
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
-    def local(self, module: Any, *, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _local(self, module: Any, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Within it a backward pass leaves the gradients of `module` unaveraged, unless it is the last part of a step."""
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext() if last else self.accelerator.no_sync(module)
         return context
@@ -107,7 +107,7 @@ class Engine:
         step = size // parts
         values: dict[str, Tensor] = {}
         for i in range(parts):
-            with self.local(module, last=i == parts - 1):
+            with self._local(module, last=i == parts - 1):
                 part = backward(slice(i * step, (i + 1) * step))
             values = {name: values.get(name, 0.0) + value.detach() / parts for name, value in part.items()}
         return values

@@ -51,8 +51,8 @@ def train(
     batches: Callable[[int], Iterator[Any]],
     validate: Callable[[int], dict[str, float]],
     on_step: Callable[[int, dict[str, float]], None],
-) -> int:
-    """Train to the recipe's last step, from the newest state in the run folder; returns the step it started at.
+) -> None:
+    """Train to the recipe's last step, from the newest state in the run folder.
 
     `batches(k)` yields batches from the k-th on; `validate(step)` is called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
@@ -67,7 +67,6 @@ def train(
             _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
     except torch.OutOfMemoryError:
         raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
-    return begin
 
 
 def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
