@@ -8,7 +8,6 @@ import pytest
 import torch
 from gaussians import gaussian_of
 
-from texttok_cli import metrics
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.errors import DataError
 from texttok_cli.losses import build_perceptual
@@ -248,7 +247,3 @@ def test_perceptual_distances_are_of_images_in_0_to_1(name: str) -> None:
     expected = build_perceptual(name, offline=True)(x / 255, y / 255).mean()  # type: ignore[arg-type]
     assert evaluator.compute()[name][0] == pytest.approx(float(expected), rel=1e-5)
     assert evaluator.networks == {name: (name, ASSETS[name].sha256)}
-
-
-def test_the_library_names_what_it_has() -> None:
-    assert set(metrics.__all__) == set(metrics._HOMES) and all(getattr(metrics, name) is not None for name in metrics.__all__)
