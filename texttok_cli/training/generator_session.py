@@ -30,7 +30,7 @@ from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask
 from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter
-from texttok_cli.training.run import RunFolder, history, spread
+from texttok_cli.training.run import RunFolder, begin, check_start, history, spread
 
 GRID_STEPS, GRID_CFG = 50, "1.5"  # how the samples of a validation are drawn
 VALIDATION_BATCH = 256
@@ -48,13 +48,8 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     ]
     run.samples = len(stores[0])
     report.message(f"latents of {len(stores[0]):,} training images, {len(stores[1]) if len(stores) > 1 else 0:,} for validation")
-    if engine.is_main:
-        run.open(recipe)
-    engine.wait()
-    if engine.of_main(run.finished):
-        report.message(f"{out}: is finished")
+    if not begin(run, recipe, engine, report):
         return run.model_path
-    engine.start_trackers()
     known = _conditions(recipe, tokenizer, stores, out, engine, report, offline)
     start = _start(recipe, tokenizer, offline)
     task = GeneratorTask(recipe, engine, known.conditioners[0], stores[0].statistics, None if start is None else start[0])
@@ -171,10 +166,7 @@ def _start(recipe: GeneratorRecipe, tokenizer: ModelInfo, offline: bool) -> tupl
     if name is None:
         return None
     dit, info = load_generator_file(find_model(name, offline=offline))
-    if info.header.model != recipe.model or info.header.tokenizer_sha256 not in tokenizer.latents_made_by:
-        theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
-        keys = ", ".join(key for key in ours if ours[key] != theirs[key]) or "its tokenizer"
-        raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
+    check_start(name, info.header.model, recipe.model, same_tokenizer=info.header.tokenizer_sha256 in tokenizer.latents_made_by)
     return dit, info.sha256
 
 

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -27,9 +27,14 @@ from torch.optim import Optimizer
 from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
 from texttok_cli.config.recipe import Recipe
+from texttok_cli.config.schema import Config
 from texttok_cli.errors import CheckpointError, RecipeError, TrainingError
 from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
 from texttok_cli.training.sharding import split_like
+
+if TYPE_CHECKING:
+    from texttok_cli.training.engine import Engine
+    from texttok_cli.training.report import Reporter
 
 
 class RunFolder:
@@ -133,6 +138,26 @@ class RunFolder:
 
     def _states(self) -> list[Path]:
         return sorted(p for p in self.state_path.glob("step-*") if p.suffix != ".partial")
+
+
+def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> bool:
+    """Open the run folder in all processes; whether there is anything left to train. RecipeError as `RunFolder.open`."""
+    if engine.is_main:
+        run.open(recipe)
+    engine.wait()
+    if engine.of_main(run.finished):
+        report.message(f"{run.path}: is finished")
+        return False
+    engine.start_trackers()
+    return True
+
+
+def check_start(name: str, theirs: Config, ours: Config, *, same_tokenizer: bool = True) -> None:
+    """RecipeError unless the model that `training.start_from` names is the recipe's, of the tokenizer that its latents are of."""
+    said, asked = theirs.model_dump(), ours.model_dump()
+    differs = [key for key in asked if asked[key] != said[key]] or ([] if same_tokenizer else ["its tokenizer"])
+    if differs:
+        raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {', '.join(differs)})")
 
 
 def history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:

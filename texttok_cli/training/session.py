@@ -24,7 +24,7 @@ from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_session import train_generator
 from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter
-from texttok_cli.training.run import RunFolder, history, spread
+from texttok_cli.training.run import RunFolder, begin, check_start, history, spread
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
 WORKERS_END = 10  # seconds that loader workers of a killed run may take to see it, twice torch's
@@ -53,13 +53,8 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             report.skipped(entry.id, entry.reason)
     run.samples = len(train_set)
     report.message(f"{len(train_set):,} training images, {len(val_set) if val_set else 0:,} for validation")
-    if engine.is_main:
-        run.open(recipe)
-    engine.wait()
-    if engine.of_main(run.finished):
-        report.message(f"{out}: is finished")
+    if not begin(run, recipe, engine, report):
         return run.model_path
-    engine.start_trackers()
     conditioners = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
     start = _start(recipe, offline)
     task = _task(recipe, engine, conditioners[0], None if start is None else start[0], offline)
@@ -148,10 +143,7 @@ def _start(recipe: TokenizerRecipe, offline: bool) -> tuple[TexTok, ModelInfo] |
     if name is None:
         return None
     model, info = load_tokenizer_file(find_model(name, offline=offline))
-    if info.header.model != recipe.model:
-        theirs, ours = info.header.model.model_dump(), recipe.model.model_dump()
-        keys = ", ".join(key for key in ours if ours[key] != theirs[key])
-        raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {keys})")
+    check_start(name, info.header.model, recipe.model)
     stays = recipe.training.detokenizer_only
     if stays and recipe.training.weights == "bf16" and not all(torch.equal(p, p.bfloat16().float()) for p in model.parameters()):
         raise RecipeError(f"training.weights: bf16 would round the tokenizer of {name}, which is to stay as it is: set it to fp32")
