@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from texttok_cli import load_tokenizer
-from texttok_cli.data import center_crop, load_image, to_tensor
+from texttok_cli.data import center_crop, load_image, to_image, to_tensor
 from texttok_cli.files import atomic_path
 from texttok_cli.metrics.image import psnr
 
@@ -37,7 +37,7 @@ def main() -> None:
     for name, a, b in zip(CAPTIONS, psnr(originals, with_text), psnr(originals, without), strict=True):
         print(f"{name}: {a:.2f} dB with text, {b:.2f} dB without")
     rows = [torch.cat(list(row), dim=2) for row in (originals, with_text, without)]  # (3, S, 4S) each
-    picture = Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+    picture = to_image(torch.cat(rows, dim=1))
     with atomic_path(out) as temporary:
         picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(temporary, format="PNG")
 

@@ -10,7 +10,7 @@ from pictures import encoded, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from texttok_cli.data import center_crop, load_image, normalize, to_tensor, to_uint8
+from texttok_cli.data import center_crop, load_image, normalize, to_image, to_tensor, to_uint8
 from texttok_cli.errors import DataError
 
 
@@ -193,6 +193,10 @@ def test_to_tensor_is_channels_first():
     assert tensor.shape == (3, 30, 40)
     assert tensor.is_contiguous()
     assert tensor[:, 7, 9].tolist() == list(picture().getpixel((9, 7)))
+
+
+def test_to_image_is_the_inverse_of_to_tensor() -> None:
+    assert np.array_equal(np.asarray(to_image(to_tensor(picture()))), np.asarray(picture()))
 
 
 def test_every_byte_survives_normalize_and_back():

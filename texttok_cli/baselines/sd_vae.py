@@ -16,6 +16,7 @@ from texttok_cli.baselines.base import Baseline, BaselineInfo
 from texttok_cli.data import normalize, to_uint8
 from texttok_cli.errors import BackendError, CheckpointError
 from texttok_cli.files import sha256_file
+from texttok_cli.models.layers import exact_convolutions
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -47,14 +48,14 @@ class SDVAE(Baseline):
     def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
         """uint8 (B, 3, S, S) -> latents (B, d, S/8, S/8) float32 on the CPU. DataError for a side that 8 does not divide."""
         self.check_size(images)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             z: Tensor = self.model.encode(normalize(images.to(self.device))).latent_dist.mode()
         return z.cpu()
 
     @torch.inference_mode()
     def decode(self, z: Tensor, captions: Sequence[str] | None = None) -> Tensor:
         """Latents -> uint8 (B, 3, S, S) on the CPU, rounding half up."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             return to_uint8(self.model.decode(z.to(self.device)).sample.float()).cpu()
 
 

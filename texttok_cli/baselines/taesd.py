@@ -17,6 +17,7 @@ from texttok_cli.assets import load_torch_weights
 from texttok_cli.baselines.base import Baseline, BaselineInfo
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import sha256_file
+from texttok_cli.models.layers import exact_convolutions
 
 HALVES = ("encoder", "decoder")
 WIDTH = 64
@@ -50,7 +51,7 @@ class TinyAutoencoder(Baseline):
     def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
         """uint8 (B, 3, S, S) -> latents (B, d, S/8, S/8) float32 on the CPU. DataError for a side that 8 does not divide."""
         self.check_size(images)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             z: Tensor = self.encoder(_laid_out(images.to(self.device).float() / 255))
         return z.cpu()
 
@@ -63,7 +64,7 @@ class TinyAutoencoder(Baseline):
     @torch.inference_mode()
     def decode_float(self, z: Tensor) -> Tensor:
         """Latents -> (B, 3, S, S) float32 in [0, 1]; they are bounded to +-3 first, smoothly, as their authors do."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             pixels: Tensor = self.decoder(_laid_out(3 * torch.tanh(z.to(self.device) / 3)))
         return pixels.clamp(0, 1)
 

@@ -11,10 +11,10 @@ from io import BytesIO
 from itertools import groupby
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from texttok_cli.bench.html import Html, bullets, definitions, details, element, figure, heading, page, paragraph, picture, table
+from texttok_cli.data import to_image
 from texttok_cli.metrics.report import Card, Report, Result, Row, compare
 
 DIFFERENCE_FACTOR = 4  # a difference of 64 of 255 levels is white
@@ -160,5 +160,5 @@ def _tile(example: Example, made: Made) -> Html:
 def _image(pixels: Tensor, alt: str) -> Html:
     """Uint8 (3, S, S) as a PNG: nothing is lost that a reader may want to see."""
     buffer = BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG", optimize=True)
+    to_image(pixels).save(buffer, "PNG", optimize=True)
     return picture(buffer.getvalue(), alt)

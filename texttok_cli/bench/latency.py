@@ -36,7 +36,7 @@ from texttok_cli.bench.subjects import (
 from texttok_cli.bench.task import Task, Work
 from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
-from texttok_cli.data import eval_batches, open_dataset
+from texttok_cli.data import eval_batches, open_dataset, to_image
 from texttok_cli.data.loader import decoding_threads
 from texttok_cli.diffusion import plan_sampling
 from texttok_cli.errors import BackendError
@@ -171,7 +171,7 @@ def _load(task: Task) -> Iterator[Row]:
     )
     yield task.timed(row, read)
     images = torch.cat([batch.images for batch in eval_batches(dataset, image_size=SAMPLE_SIDE, batch_size=32, on_error=refuse)])
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pictures = list(map(to_image, images))
 
     def write() -> None:
         for picture in pictures:

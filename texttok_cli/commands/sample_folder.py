@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from texttok_cli.data import to_image, to_tensor
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, check_can_be_folder, write_json
 from texttok_cli.metrics.sources import NpzWriter
@@ -119,8 +120,6 @@ class SampleFolder:
             grid.save(temporary, format="PNG")
 
     def _write_npz(self, labels: Sequence[int] | None) -> None:
-        from texttok_cli.data import to_tensor
-
         size = Image.open(self.image(0)).width
         with atomic_path(self.npz) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with closing(NpzWriter(archive, self.n, size)) as writer:  # of a full disk too: the archive can't close before its member
@@ -133,7 +132,7 @@ class SampleFolder:
 
 def _save_png(path: Path, image: Tensor) -> None:
     with atomic_path(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        to_image(image).save(temporary, format="PNG")
 
 
 def _short(value: object) -> str:

@@ -1,6 +1,6 @@
 """Images and what is known of them: sources, pixels, batches."""
 
-from texttok_cli.data.images import center_crop, load_image, normalize, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.images import center_crop, load_image, normalize, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
 from texttok_cli.data.sources import Dataset, Item, Skipped, open_dataset
 
@@ -17,6 +17,7 @@ __all__ = [
     "load_image",
     "normalize",
     "open_dataset",
+    "to_image",
     "to_rgb",
     "to_tensor",
     "to_uint8",

@@ -124,6 +124,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`, of pixels on any device."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
 def normalize(images: Tensor) -> Tensor:
     """uint8, 0..255 -> float32 in [-1, 1]: x / 127.5 - 1."""
     return images.float() / 127.5 - 1

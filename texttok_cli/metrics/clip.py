@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from texttok_cli.assets import is_offline
+from texttok_cli.data.images import to_image
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
+from texttok_cli.models.layers import exact_convolutions
 
 DEFAULT_NAME, DEFAULT_WEIGHTS = "ViT-B-32-quickgelu", "openai"  # the network CLIPScore was published with
 HESSEL_PREFIX = "A photo depicts "  # CLIPScore (Hessel et al., 2021) puts it before every caption
@@ -51,8 +52,8 @@ class ClipScorer:
     @torch.no_grad()
     def cosines(self, images: Tensor, captions: Sequence[str], *, prefixes: Sequence[str] = ("",)) -> Tensor:
         """Cosine of each uint8 image (B, 3, H, W) and its caption with each prefix before it, (B, len(prefixes)) float32."""
-        pixels = torch.stack([self.prepare(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in images])
-        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        pixels = torch.stack([self.prepare(to_image(image)) for image in images])
+        with torch.autocast(self.device.type, enabled=False), exact_convolutions():
             image_codes = self.model.encode_image(pixels.to(self.device), normalize=True)  # (B, C)
             cosines = [(image_codes * self._text_codes([prefix + text for text in captions])).sum(dim=1) for prefix in prefixes]
         self.truncated += sum(self._overflows(prefixes[0] + text) for text in captions)

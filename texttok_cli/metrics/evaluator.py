@@ -26,6 +26,7 @@ from texttok_cli.metrics.registry import METRICS, Score, check_names
 from texttok_cli.metrics.resize import Resize
 from texttok_cli.metrics.sources import Images
 from texttok_cli.metrics.statistics import Gaussian
+from texttok_cli.models.layers import exact_convolutions
 
 PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim, "ssim-gaussian": ssim_gaussian}
 PREFIXES = {"clip-score": "", "clipscore-hessel": HESSEL_PREFIX}
@@ -104,7 +105,7 @@ class Evaluator:
     def _compared(self, references: Tensor, samples: Tensor) -> dict[str, Tensor]:
         pair = references.cpu(), samples.cpu()  # float64, which not every device has
         values = {name: rule(*pair) for name, rule in PIXELS.items() if name in self.metrics}
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             return values | {name: net(references.float() / 255, samples.float() / 255) for name, net in self.perceptual.items()}
 
     def _fit(self, samples: Tensor, captions: Sequence[str] | None) -> dict[str, Tensor]:

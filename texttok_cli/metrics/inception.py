@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from texttok_cli.assets import load_script_weights, load_torch_weights, resolve
 from texttok_cli.files import sha256_file
 from texttok_cli.metrics.resize import RESIZES, Resize
+from texttok_cli.models.layers import exact_convolutions
 
 BN_EPS = 1e-3
 SPATIAL_CHANNELS = 7  # ADM's evaluator keeps the first 7 channels of its layer mixed_6/conv:0
@@ -53,7 +54,7 @@ class FidInception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, H, W)."""
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.autocast(images.device.type, enabled=False), exact_convolutions():
             x = (RESIZES[self.resize](images) - 128) / 128
             h = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, 768, 17, 17)
             branches = [branch(h) for branch in self.mixed_6d]

@@ -5,6 +5,7 @@ Letters: B batch, L sequence, K kept tokens, T condition tokens, D width, H head
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 import torch
@@ -122,6 +123,11 @@ def in_precision(model: Model, precision: Literal["fp32", "bf16"]) -> Model:
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
     return model
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Within it cuDNN's convolutions don't round float32 to TF32, their default: what is measured would depend on the machine."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

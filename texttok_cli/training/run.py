@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -28,6 +27,7 @@ from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
 from texttok_cli.config.recipe import Recipe
 from texttok_cli.config.schema import Config
+from texttok_cli.data import to_image
 from texttok_cli.errors import CheckpointError, RecipeError, TrainingError
 from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
 from texttok_cli.training.sharding import split_like
@@ -98,7 +98,7 @@ class RunFolder:
     def save_grid(self, step: int, above: Tensor, below: Tensor) -> None:
         """Draw two rows of images (B, 3, S, S) uint8, as OUT/grids/step-00000500.png."""
         rows = [torch.cat(list(row), dim=2) for row in (above, below)]  # (3, S, B*S) each
-        picture = Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+        picture = to_image(torch.cat(rows, dim=1))
         with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
             picture.save(tmp, format="PNG")
 
