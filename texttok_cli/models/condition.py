@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, Placement, TokenizerConfig
-from texttok_cli.models.layers import Block
+from texttok_cli.models.layers import Block, run_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +94,7 @@ class ConditionedTransformer(nn.Module):
             else:
                 text, text_mask = projected.tokens, projected.mask
         *blocks, last = self.blocks
-        for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, text, text_mask, use_reentrant=False)
-            else:
-                x = block(x, mask, text, text_mask)
+        x = run_blocks(blocks, x, mask, text, text_mask, checkpointing=self.checkpointing)
         return self.norm(last(x, mask, text, text_mask, keep))  # type: ignore[no-any-return]
 
 

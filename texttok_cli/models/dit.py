@@ -11,11 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from texttok_cli.config.schema import DDPM, ClassLabels, GeneratorConfig, GridLatents, Prompt, TokenLatents, Transformer
 from texttok_cli.models.condition import Condition, ConditionProjection
-from texttok_cli.models.layers import Attention, CrossAttention
+from texttok_cli.models.layers import Attention, CrossAttention, run_blocks
 from texttok_cli.models.prepared import PreparedDiT
 from texttok_cli.models.tokenizer import patchify, trunc_normal, unpatchify
 
@@ -74,13 +73,8 @@ class DiT(nn.Module):
         c = self.modulator(t, class_ids)  # (B, D)
         text = None if cond is None else self._text(cond, drop)
         text_tokens, text_mask = (None, None) if text is None else (text.tokens, text.mask)
-        h = self.tokens(x)  # (B, N, D)
         *blocks, last = self.blocks
-        for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, text_tokens, text_mask, use_reentrant=False)
-            else:
-                h = block(h, c, text_tokens, text_mask)
+        h = run_blocks(blocks, self.tokens(x), c, text_tokens, text_mask, checkpointing=self.checkpointing)  # (B, N, D)
         return self.output(last(h, c, text_tokens, text_mask), self.final_modulation(c)[:, None])
 
     def prepare(self, times: Tensor, class_ids: Tensor | None = None, cond: Condition | None = None, *, null: bool) -> PreparedDiT:

@@ -5,12 +5,14 @@ Letters: B batch, L sequence, K kept tokens, T condition tokens, D width, H head
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from texttok_cli.config.schema import Transformer
 
@@ -112,6 +114,14 @@ class Block(nn.Module):
         """The last linear of each residual branch."""
         branches = [self.attn.out, self.mlp[2]] + ([] if self.cross is None else [self.cross.out])
         return [linear for linear in branches if isinstance(linear, nn.Linear)]
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None, checkpointing: bool) -> Tensor:
+    """x through the blocks, each given `context` too; with `checkpointing` a backward pass computes them again."""
+    again = checkpointing and torch.is_grad_enabled()
+    for block in blocks:
+        x = checkpoint(block, x, *context, use_reentrant=False) if again else block(x, *context)
+    return x
 
 
 def in_precision(model: Model, precision: Literal["fp32", "bf16"]) -> Model:

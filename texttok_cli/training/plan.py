@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.recipe import TokenizerRecipe
-from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TokenizerConfig
+from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TextEncoderConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
@@ -45,27 +46,26 @@ def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:
     """The model on the meta device, and the FLOPs of one forward pass on one image with all text tokens real."""
     with torch.device("meta"):
         model = DiT(cfg).eval()
-        x, t = torch.empty(1, *model.latent_shape), torch.zeros(1)
-        class_ids, cond = None, None
-        if isinstance(cfg.condition, Prompt):
-            cond = Condition(torch.empty(1, cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim))
-        else:
-            class_ids = torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, t, class_ids, cond)
-    return model, counter.get_total_flops()
+        cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, Prompt) else None
+        class_ids = torch.zeros(1, dtype=torch.long) if cond is None else None
+        return model, _flops(model, torch.empty(1, *model.latent_shape), torch.zeros(1), class_ids, cond)
 
 
 def count_flops(cfg: TokenizerConfig) -> tuple[TexTok, int]:
     """The model on the meta device, and the FLOPs of encoding and decoding one image with all text tokens real."""
     with torch.device("meta"):
         model = TexTok(cfg).eval()
-        images = torch.empty(1, 3, cfg.image_size, cfg.image_size)
-        cond, class_ids = None, None
-        if isinstance(cfg.condition, TextCondition):
-            cond = Condition(torch.empty(1, cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim))
-        elif model.classes is not None:
-            class_ids = torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(images, cond, class_ids)
-    return model, counter.get_total_flops()
+        cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, TextCondition) else None
+        class_ids = None if model.classes is None else torch.zeros(1, dtype=torch.long)
+        return model, _flops(model, torch.empty(1, 3, cfg.image_size, cfg.image_size), cond, class_ids)
+
+
+def _text(encoder: TextEncoderConfig) -> Condition:
+    return Condition(torch.empty(1, encoder.max_tokens, encoder.dim))
+
+
+def _flops(model: nn.Module, *inputs: Tensor | Condition | None) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    flops: int = counter.get_total_flops()
+    return flops
