@@ -352,7 +352,7 @@ def test_numbers_are_printed_before_files_are_written(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device", "page.html")
 
-    monkeypatch.setattr("texttok_cli.commands.eval.write_page", full)
+    monkeypatch.setattr("texttok_cli.commands.eval_report.write_page", full)
     report = tmp_path / "report.json"
     outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", samples, "--html", tmp_path / "page.html", "-o", report)
     assert outcome.code == 1 and "not finite" in outcome.out and "No space left" in outcome.err and report.exists()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,8 +15,8 @@ from texttok_cli.commands.eval_checks import (
     check_targets,
     check_used,
 )
-from texttok_cli.commands.eval_gallery import pick_examples
-from texttok_cli.commands.eval_report import compare_reports, make_report, print_report, print_written, write_page
+from texttok_cli.commands.eval_passes import measure, states_of
+from texttok_cli.commands.eval_report import compare_reports, finish
 from texttok_cli.commands.eval_subject import Subject, load_models, of_models, of_samples
 from texttok_cli.commands.options import (
     BatchSizeOption,
@@ -36,8 +33,8 @@ from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
-    from texttok_cli.metrics.evaluator import Batch, Evaluator
-    from texttok_cli.metrics.processes import Processes
+    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.resize import Resize
 
 DEFAULT_METRICS = {"reconstruction": ("rfid", "psnr", "ssim"), "generation": ("fid",)}
 NOTES = ("labels", "seed", "sampler", "steps", "guidance")
@@ -86,12 +83,8 @@ def eval_(
     where an interrupted run was. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their
     cards are unlike. Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
-    from texttok_cli.inference import DEFAULT_MODEL, pick_device
-    from texttok_cli.metrics.clip import ClipScorer
-    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.inference import pick_device
     from texttok_cli.metrics.processes import Processes
-    from texttok_cli.metrics.registry import uses_clip
-    from texttok_cli.metrics.report import save_report
 
     given = given_options(context)
     if compare:
@@ -110,48 +103,22 @@ def eval_(
     if samples is not None:
         subjects = [of_samples(samples, ref, names, captions=captions, caption_field=caption_field)]
     else:
-        subjects = of_models(
-            load_models(model or [DEFAULT_MODEL], device=where, precision=precision, offline=offline),
-            size,
-            data,
-            names,
-            limit=images or (fixed.images if fixed else None),
-            captions=captions,
-            caption_field=caption_field,
-            no_caption=no_caption,
-        )
+        limit = images or (fixed.images if fixed else None)
+        models = load_models(model, device=where, precision=precision, offline=offline)
+        subjects = of_models(models, size, data, names, limit=limit, captions=captions, caption_field=caption_field, no_caption=no_caption)
     if len(subjects) > 1:
         check_one_model(given)
     for subject in subjects:
         subject.card = _card(subject, fixed, protocol, split, note or [])
         check_images_suffice(names, subject, statistics=save_stats is not None)
-    first = Evaluator(
-        names,
-        given=subjects[0].given,
-        resize=resize,
-        inception=inception,
-        clip=ClipScorer(clip, clip_weights, device=where, offline=offline) if uses_clip(names) else None,
-        keep=frozenset({"pool", "spatial"} if save_stats else ()),
-        device=where,
-        offline=offline,
+    evaluators = _evaluators(
+        names, subjects, resize, inception, (clip, clip_weights), keeps=save_stats is not None, device=where, offline=offline
     )
-    evaluators = [first, *(first.against_the_same() for _ in subjects[1:])]
-    states = _states(None if save_samples else out, len(subjects), processes)
-    with _writer(save_samples, subjects[0], processes) as write:
-        for evaluator, subject, state in zip(evaluators, subjects, states, strict=True):
-            more = subject is not subjects[-1]
-            _measure(evaluator, subject, processes, state=state, more=more, write=write, batch_size=batch_size, quiet=quiet)
+    states = states_of(None if save_samples else out, len(subjects), processes)
+    measure(evaluators, subjects, processes, states, save_samples=save_samples, batch_size=batch_size, quiet=quiet)
     truncated = processes.merge(evaluators)
     if processes.rank == 0:
-        report = make_report(evaluators, subjects, truncated)
-        print_report(report, subjects, quiet=quiet, as_json=json)  # first: whatever can't be written, no number is lost
-        if out is not None:
-            save_report(out, report)
-        if save_stats is not None:
-            _save_statistics(save_stats, first)
-        if html is not None:
-            write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
-        print_written({"out": out, "html": html}, as_json=json)
+        finish(evaluators, subjects, truncated, out=out, save_stats=save_stats, html=html, gallery=gallery, quiet=quiet, as_json=json)
     processes.finish()
     for state in states:
         if state is not None:
@@ -204,89 +171,30 @@ def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split:
     return card
 
 
-# ------------------------------------------------------------------ the passes
-
-
-def _states(out: Path | None, passes: int, processes: Processes) -> list[Path | None]:
-    """Where each pass of this process keeps what it has seen, beside the report."""
-    if out is None:
-        return [None] * passes
-    numbers = ["", *(f".{number}" for number in range(2, passes + 1))]
-    return [out.with_name(f".{out.name}{number}.state-{processes.rank}-of-{processes.size}") for number in numbers]
-
-
-def _measure(
-    evaluator: Evaluator,
-    subject: Subject,
-    processes: Processes,
+def _evaluators(
+    names: Sequence[str],
+    subjects: Sequence[Subject],
+    resize: Resize,
+    inception: Path | None,
+    clip: tuple[str, str],
     *,
-    state: Path | None,
-    more: bool,
-    write: Callable[[Batch], None] | None,
-    batch_size: int,
-    quiet: bool,
-) -> None:
-    """See every image of one subject."""
-    from texttok_cli.console import progress, say
-    from texttok_cli.metrics.evaluator import Work
-    from texttok_cli.metrics.processes import run_pass
+    keeps: bool,
+    device: str,
+    offline: bool,
+) -> list[Evaluator]:
+    """One for each subject, with the networks in common; `clip` is its name and weights, `keeps` of all features what statistics need."""
+    from texttok_cli.metrics.clip import ClipScorer
+    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.registry import uses_clip
 
-    references = subject.references if evaluator.evidence.wants_references or subject.paired else None
-    work = Work(
-        subject.samples, references, subject.paired, subject.captions, subject.reconstruct, rank=processes.rank, size=processes.size
+    first = Evaluator(
+        names,
+        given=subjects[0].given,
+        resize=resize,
+        inception=inception,
+        clip=ClipScorer(*clip, device=device, offline=offline) if uses_clip(names) else None,
+        keep=frozenset({"pool", "spatial"} if keeps else ()),
+        device=device,
+        offline=offline,
     )
-    fingerprints = [images.fingerprint() for images in (subject.samples, references) if images is not None]
-    identity = {
-        "metrics": evaluator.metrics,
-        "needs": sorted(evaluator.needs),
-        "networks": evaluator.networks,
-        "resize": evaluator.resize,
-        "card": subject.card,
-        "images": fingerprints,
-        "texts": hashlib.sha256(repr((subject.texts, subject.captions)).encode()).hexdigest(),
-    }
-    with progress(quiet=quiet or processes.rank > 0) as bar:
-        task = bar.add_task("measuring", total=len(work), note=subject.card["samples"])
-
-        def on_resume(done: int) -> None:
-            if not quiet:
-                say(f"going on from image {done:,}")
-            bar.advance(task, done)
-
-        def on_batch(batch: Batch) -> None:
-            if write is not None:
-                write(batch)
-            bar.advance(task, len(batch))
-
-        run_pass(evaluator, work, batch_size=batch_size, state=state, identity=identity, on_resume=on_resume, on_batch=on_batch, more=more)
-
-
-@contextmanager
-def _writer(path: Path | None, subject: Subject, processes: Processes) -> Iterator[Callable[[Batch], None] | None]:
-    """Writes the samples of each batch to an ADM batch; None if that is not asked for."""
-    if path is None:
-        yield None
-        return
-    from texttok_cli.files import atomic_path
-    from texttok_cli.metrics.sources import NpzWriter
-
-    if processes.size > 1:
-        raise DataError("--save-samples: one process writes one file; leave it out, or run without a launcher")
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        writer = NpzWriter(archive, len(subject.measured.ids), subject.measured.size)
-
-        def write(batch: Batch) -> None:
-            if batch.samples is not None:
-                writer.add(batch.samples)
-
-        try:
-            yield write
-        finally:  # the archive can't be closed with it open, and would say so instead of what happened
-            writer.close()
-
-
-def _save_statistics(path: Path, evaluator: Evaluator) -> None:
-    from texttok_cli.metrics.sources import write_statistics
-
-    samples = evaluator.evidence.samples
-    write_statistics(path, {"pool": samples.gaussian("pool"), "spatial": samples.gaussian("spatial")})
+    return [first, *(first.against_the_same() for _ in subjects[1:])]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from texttok_cli.commands.eval_gallery import pick_examples
 from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, ProtocolName
@@ -16,6 +17,32 @@ if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
     from texttok_cli.metrics.evaluator import Evaluator
     from texttok_cli.metrics.report import Card, Report, Result, Row
+
+
+def finish(
+    evaluators: Sequence[Evaluator],
+    subjects: Sequence[Subject],
+    truncated: Sequence[int],
+    *,
+    out: Path | None,
+    save_stats: Path | None,
+    html: Path | None,
+    gallery: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make the report of what all evaluators have seen, print it, and write the files that were asked for."""
+    from texttok_cli.metrics.report import save_report
+
+    report = make_report(evaluators, subjects, truncated)
+    print_report(report, subjects, quiet=quiet, as_json=as_json)  # first: whatever can't be written, no number is lost
+    if out is not None:
+        save_report(out, report)
+    if save_stats is not None:
+        _save_statistics(save_stats, evaluators[0])
+    if html is not None:
+        write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
+    print_written({"out": out, "html": html}, as_json=as_json)
 
 
 def make_report(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], truncated: Sequence[int]) -> Report:
@@ -118,6 +145,13 @@ def write_page(path: Path, report: Report, examples: Sequence[Example]) -> None:
 
     reports = by_samples(report)
     _write_page(path, list(map(_name, reports)), reports, examples)
+
+
+def _save_statistics(path: Path, evaluator: Evaluator) -> None:
+    from texttok_cli.metrics.sources import write_statistics
+
+    samples = evaluator.evidence.samples
+    write_statistics(path, {"pool": samples.gaussian("pool"), "spatial": samples.gaussian("spatial")})
 
 
 def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from texttok_cli.commands.eval_run import sample_run
+from texttok_cli.commands.eval_run import SampleRun, sample_run
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from texttok_cli.baselines import SDVAE, TinyAutoencoder
     from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
-    from texttok_cli.metrics.sources import Images
+    from texttok_cli.metrics.sources import FileImages, Images, NpzImages
     from texttok_cli.metrics.statistics import Gaussian
 
 Model: TypeAlias = "Tokenizer | TinyAutoencoder | SDVAE"
@@ -49,13 +49,13 @@ class Subject:
         return images
 
 
-def load_models(models: Sequence[str], *, device: str, precision: Literal["fp32", "bf16"], offline: bool) -> list[Model]:
-    """The tokenizers and baselines, all different."""
+def load_models(models: Sequence[str] | None, *, device: str, precision: Literal["fp32", "bf16"], offline: bool) -> list[Model]:
+    """The tokenizers and baselines, all different; None is the bundled default."""
     from texttok_cli.baselines import PREFIX, load_baseline
-    from texttok_cli.inference import load_tokenizer
+    from texttok_cli.inference import DEFAULT_MODEL, load_tokenizer
 
     loaded: list[Model] = []
-    for name in models:
+    for name in models or [DEFAULT_MODEL]:
         if not name.startswith(PREFIX):
             loaded.append(load_tokenizer(name, device=device, precision=precision, offline=offline))
         elif precision != "fp32":
@@ -173,29 +173,13 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     from texttok_cli.data import open_dataset
     from texttok_cli.files import sha256_file
     from texttok_cli.metrics.registry import uses_clip, uses_pairs
-    from texttok_cli.metrics.sources import FileImages, NpzImages, read_npz_reference
+    from texttok_cli.metrics.sources import FileImages, read_npz_reference
 
     paired = uses_pairs(metrics)
-    name = _names([samples])
     run = sample_run(samples)
-    card = {**run.card, "samples": name, "reference": _names([ref]) if ref else None, "uint8": "as stored"}
-    found: NpzImages | FileImages
-    classes: Sequence[Hashable] | None
-    if run.samples.endswith(".npz"):
-        found = NpzImages(Path(run.samples))
-        classes = found.labels()
-        texts = _captions_of_npz(found, captions, run.captions) if uses_clip(metrics) else None
-    else:
-        dataset = open_dataset([run.samples], captions=captions, caption_field=caption_field)
-        if paired and ref is not None and ref.endswith(".npz"):
-            dataset = _numbered(dataset)
-        found = FileImages(dataset)
-        classes = [item.class_name for item in dataset.items]
-        texts = _captions(dataset) if uses_clip(metrics) else None
-    if run.classes is not None:
-        classes = run.classes
-    elif classes is not None and None in classes:
-        classes = None
+    card = {**run.card, "samples": _names([samples]), "reference": _names([ref]) if ref else None, "uint8": "as stored"}
+    numbered = paired and ref is not None and ref.endswith(".npz")
+    found, classes, texts = _stored(run, numbered=numbered, compared=uses_clip(metrics), captions=captions, caption_field=caption_field)
     if texts is not None:
         card["text"] = f"compared with the samples: {_caption_source(captions, caption_field)}"
     task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
@@ -212,6 +196,30 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     if paired:
         _check_pairs(subject, ref)
     return subject
+
+
+def _stored(
+    run: SampleRun, *, numbered: bool, compared: bool, captions: Path | None, caption_field: str | None
+) -> tuple[NpzImages | FileImages, Sequence[Hashable] | None, Sequence[str] | None]:
+    """The samples (by their numbers, if so), the class of each where all have one, and their captions if these are `compared`."""
+    from texttok_cli.data import open_dataset
+    from texttok_cli.metrics.sources import FileImages, NpzImages
+
+    found: NpzImages | FileImages
+    classes: Sequence[Hashable] | None
+    if run.samples.endswith(".npz"):
+        found = NpzImages(Path(run.samples))
+        classes = found.labels()
+        texts = _captions_of_npz(found, captions, run.captions) if compared else None
+    else:
+        opened = open_dataset([run.samples], captions=captions, caption_field=caption_field)
+        dataset = _numbered(opened) if numbered else opened
+        found = FileImages(dataset)
+        classes = [item.class_name for item in dataset.items]
+        texts = _captions(dataset) if compared else None
+    if classes is not None and None in classes:
+        classes = None
+    return found, classes if run.classes is None else run.classes, texts
 
 
 def _matched(references: Dataset, samples: Images) -> Dataset:
