@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
 from texttok_cli.data.labels import class_text, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
@@ -58,7 +59,7 @@ class Generator:
         text: EmbeddingCache | None,
         captions: UnseenCaptions | None,
         guide: tuple[DiT, GeneratorInfo] | None,
-        precision: Literal["fp32", "bf16"],
+        precision: Precision,
     ) -> None:
         self.dit, self.info, self.tokenizer, self.text, self.captions, self.precision = dit, info, tokenizer, text, captions, precision
         self.guide: DiT | None = None if guide is None else guide[0]
@@ -197,7 +198,7 @@ def load_generator(
     captions: Path | None = None,
     guide: str | Path | None = None,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     offline: bool = False,
 ) -> Generator:
     """A generator by bundled name, path or `hf://owner/name`, with its tokenizer, ready to sample.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.labels import class_text
@@ -39,7 +39,7 @@ ImageLike = str | Path | Image.Image
 class Tokenizer:
     """A loaded TexTok with its frozen text encoder: images and captions to latents and back."""
 
-    def __init__(self, model: TexTok, info: ModelInfo, text: EmbeddingCache | None, *, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, model: TexTok, info: ModelInfo, text: EmbeddingCache | None, *, precision: Precision) -> None:
         self.model, self.info, self.text, self.precision = model, info, text, precision
         self.cfg: TokenizerConfig = model.cfg
         self.device = model.latent_mean.device
@@ -137,7 +137,7 @@ def load_tokenizer(
     model: str | Path = DEFAULT_MODEL,
     *,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     offline: bool = False,
 ) -> Tokenizer:
     """A tokenizer by bundled name, path or `hf://owner/name`, ready to encode and decode.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from texttok_cli.bench.machine import free_memory
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.inference import PRETRAINED
 from texttok_cli.models.condition import Condition
@@ -38,7 +39,7 @@ class Where:
     """Device and arithmetic of a run."""
 
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
 
     def autocast(self) -> torch.autocast:
         """The context in which models compute."""

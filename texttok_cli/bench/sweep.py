@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from texttok_cli.bench.results import PaperSize, PointResult, TradeoffResult
 from texttok_cli.bench.systems import System, open_system
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.tradeoff import PointStore, Score, Series, Setting, Spec, measure_point, settings
+from texttok_cli.config import Precision
 from texttok_cli.data import open_dataset
 from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling
 from texttok_cli.errors import DataError, RecipeError
@@ -34,7 +34,7 @@ def sweep(
     out: Path,
     *,
     device: torch.device,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
     offline: bool = False,
     paper_size: PaperSize = 256,
     on_point: OnPoint,

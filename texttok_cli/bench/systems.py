@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from texttok_cli.baselines import PREFIX, SDVAE, load_baseline
 from texttok_cli.baselines.base import FACTOR
 from texttok_cli.baselines.dit import load_dit
 from texttok_cli.bench.tradeoff import Series, Setting
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
 from texttok_cli.data.labels import spread_labels
 from texttok_cli.data.texts import read_prompts
@@ -41,9 +42,7 @@ class System(Protocol):
         """Samples with these numbers, uint8 (B, 3, S, S) on the CPU; a number's sample is the same in any batch."""
 
 
-def open_system(
-    series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
-) -> System:
+def open_system(series: Series, *, images: int, seed: int, device: torch.device, precision: Precision, offline: bool) -> System:
     """The system of a series, to make `images` images: of its classes as `labels` says, or of the first prompts.
 
     Raises DataError, CheckpointError or BackendError for what is not available.
@@ -56,9 +55,7 @@ def open_system(
 class TexTokSystem:
     """A generator on tokens and its tokenizer: latents, text embedding and detokenizing are all in its time (Fig. 4)."""
 
-    def __init__(
-        self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
-    ) -> None:
+    def __init__(self, series: Series, *, images: int, seed: int, device: torch.device, precision: Precision, offline: bool) -> None:
         self.generator = load_generator(
             series.generator,
             tokenizer=series.tokenizer,
@@ -103,9 +100,7 @@ def _requests(generator: Generator, series: Series, seeds: range) -> list[Reques
 class OriginalDiT:
     """A public checkpoint of DiT/2 and SD-VAE (`tokenizer`: baseline:sd-vae or baseline:sd-vae=FOLDER), in the sweep's precision."""
 
-    def __init__(
-        self, series: Series, *, images: int, seed: int, device: torch.device, precision: Literal["fp32", "bf16"], offline: bool
-    ) -> None:
+    def __init__(self, series: Series, *, images: int, seed: int, device: torch.device, precision: Precision, offline: bool) -> None:
         given = {"labels: proportional": series.labels != "equal", "captions": series.captions, "prompts": series.prompts}
         unknown = [key for key, value in given.items() if value]
         if unknown:

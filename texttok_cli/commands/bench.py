@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption, given_options
+from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def latency(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 250,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm++2m.")] = "ddpm",
     cfg: Annotated[str, typer.Option(help="Guidance, as in `texttok sample --cfg`; 1 means none.")] = "1.5",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the models.")] = "bf16",
+    precision: Annotated[Precision, typer.Option(help="Precision of the models.")] = "bf16",
     warm_up: Annotated[int, typer.Option(min=0, help="Warm-up runs, not counted.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is reported.")] = 5,
     clock: Annotated[Literal["wall", "cpu"], typer.Option(help="cpu: processor time of one thread, for a machine in use.")] = "wall",
@@ -99,7 +100,7 @@ def tradeoff(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the points, the result and the plots.")],
     ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="References of the FID, instead of the spec's.")] = None,
     paper_size: Annotated[Literal["256", "512"], typer.Option(help="Which of the paper's curves is drawn beside ours.")] = "256",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the models.")] = "bf16",
+    precision: Annotated[Precision, typer.Option(help="Precision of the models.")] = "bf16",
     device: DeviceOption = "auto",
     offline: OfflineOption = False,
     quiet: QuietOption = False,

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from texttok_cli.commands.eval_run import SampleRun, sample_run
+from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Subject:
         return images
 
 
-def load_models(models: Sequence[str] | None, *, device: str, precision: Literal["fp32", "bf16"], offline: bool) -> list[Model]:
+def load_models(models: Sequence[str] | None, *, device: str, precision: Precision, offline: bool) -> list[Model]:
     """The tokenizers and baselines, all different; None is the bundled default."""
     from texttok_cli.baselines import PREFIX, load_baseline
     from texttok_cli.inference import DEFAULT_MODEL, load_tokenizer
@@ -206,10 +207,9 @@ def _stored(
     from texttok_cli.metrics.sources import FileImages, NpzImages
 
     found: NpzImages | FileImages
-    classes: Sequence[Hashable] | None
     if run.samples.endswith(".npz"):
         found = NpzImages(Path(run.samples))
-        classes = found.labels()
+        classes: Sequence[Hashable] | None = found.labels()
         texts = _captions_of_npz(found, captions, run.captions) if compared else None
     else:
         opened = open_dataset([run.samples], captions=captions, caption_field=caption_field)

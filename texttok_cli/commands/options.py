@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from texttok_cli.config import Precision
+
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")]
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Where to write.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
-PrecisionOption = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the model.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Precision of the model.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never download anything.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages except errors.")]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import Config, GeneratorConfig, TokenizerConfig
 
 
@@ -115,11 +116,11 @@ class TrainConfig(Config):
     start_from: str | None = None  # a model of the same configuration whose weights the run begins with: bundled name, path or hf://
     batch_size: int = Field(256, ge=1)  # [I] global: over all processes
     accumulate: int = Field(1, ge=1)  # forward and backward passes that a process's part of the batch is split into
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     compile: bool = False
     checkpointing: bool = False  # compute each block but the last again in the backward pass instead of keeping its activations
     ema: float = Field(0.999, ge=0, lt=1)  # [I]
-    weights: Literal["fp32", "bf16"] = "fp32"  # how OUT/model.safetensors stores them
+    weights: Precision = "fp32"  # how OUT/model.safetensors stores them
     text_cache: bool = False  # embed every caption once, to disk, before training
     # A step whose gradient is not finite, or over `spike` times its running mean, is not taken; three in a row roll back.
     spike: float | None = Field(None, gt=1)

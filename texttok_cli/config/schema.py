@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from texttok_cli.config import Precision
+
 
 class Config(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
@@ -86,7 +88,7 @@ class TextEncoderConfig(Config):
     name: str | None = None  # t5: hub name or local path, e.g. google/t5-v1_1-xl (Sec. 4.1: XL at 256 px, XXL at 512 px)
     dim: int = Field(384, ge=1, le=65536)  # width of its token states: MiniLM 384, T5 v1.1 XL 2048, XXL 4096
     max_tokens: int = Field(128, ge=1, le=4096)  # Sec. 4.1
-    precision: Literal["fp32", "bf16"] = "fp32"  # fp16 overflows in T5's feed-forward
+    precision: Precision = "fp32"  # fp16 overflows in T5's feed-forward
 
     @model_validator(mode="after")
     def _t5_has_a_name(self) -> TextEncoderConfig:

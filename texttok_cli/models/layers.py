@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from texttok_cli.config import Precision
 from texttok_cli.config.schema import Transformer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -124,7 +125,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None, 
     return x
 
 
-def in_precision(model: Model, precision: Literal["fp32", "bf16"]) -> Model:
+def in_precision(model: Model, precision: Precision) -> Model:
     """The model itself, for bf16 with its linear layers rounded once, as autocast would round them again in every call.
 
     For inference alone: what it computes under autocast does not change.
