@@ -145,7 +145,7 @@ class TokenFolder:
         return self._there.get((image_id, flipped)) == _made_of(input_sha256, caption, class_name)
 
     def add(self, tokens: Tokens) -> None:
-        """Take tokens of some images, in the place of what is there of them; a shard is written whenever enough have come."""
+        """Take tokens of some images, instead of what is there of them; a shard is written whenever enough have come."""
         first = sum(len(header.ids) for header in self._waiting)
         end = first + len(tokens)
         if self._buffer is None or end > len(self._buffer):

@@ -121,7 +121,8 @@ def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, 
 def test_a_run_leaves_a_generator_that_knows_what_it_was_trained_on(
     recipe_file: RecipeFile, tmp_path: Path, store: Path, models: Path
 ) -> None:
-    recipe = recipe_file(data={"val": [str(store)]}, training={**TINY["training"], "val_every": 3, "val_latents": 10})
+    found = f"{str(store)[:-1]}[{str(store)[-1]}]"  # a pattern that only the store fits
+    recipe = recipe_file(data={"train": found, "val": [str(store)]}, training={**TINY["training"], "val_every": 3, "val_latents": 10})
     state = train(recipe, tmp_path / "run")
     dit, info = load_generator_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(value, state[f"ema.{name}"]) for name, value in dit.named_parameters())

@@ -63,7 +63,8 @@ def caption(
         typer.Option(metavar="K", min=1, help="Instead of captioning the images, write K captions per class that none of them has."),
     ] = None,
     writer: Annotated[
-        WriterName, typer.Option(help="Unseen captions: attributes combines measured words anew; lm and endpoint ask a language model.")
+        WriterName,
+        typer.Option(help="Unseen captions: attributes combines measured words; lm and endpoint ask a language model."),
     ] = "attributes",
     captions: Annotated[Path | None, typer.Option(help="Unseen captions: a captions.jsonl of the training images.")] = None,
     caption_field: Annotated[
@@ -88,7 +89,7 @@ def caption(
     """Write captions of images, for `encode --captions` and `train ... data.captions=`.
 
     OUT has a line for each image: id (of a shard the key), caption, class, backend, model, prompt hash, words, hash of the file.
-    Run the same command again after an interruption, or to try again what failed: images that stand in OUT are skipped.
+    Run the same command again after an interruption, or to try again what failed: images that are in OUT are skipped.
 
     With --unseen-per-class K the inputs are training images with captions and classes, and OUT is the list that `texttok
     sample` draws from for a class model: captions that no training image has, and none of the images given with --avoid.

@@ -74,7 +74,7 @@ class Settings:
             raise DataError(f"--template {self.template!r}: has no {{}} for the class")
 
     def load_captioner(self) -> Captioner:
-        """The captioner. BackendError if it is not to be had."""
+        """The captioner. BackendError if it is not available."""
         if self.captioner == "sidecar":
             from texttok_cli.captioners.known import Sidecar
 
@@ -113,7 +113,7 @@ class Settings:
         )
 
     def load_writer(self, bank: CaptionBank, seed: int) -> Writer:
-        """The writer of unseen captions. BackendError if it is not to be had, DataError if the bank's captions don't suit it."""
+        """The writer of unseen captions. BackendError if it is not available, DataError if the bank's captions don't suit it."""
         from texttok_cli.captioners.unseen import AttributeWriter, LanguageWriter
 
         if self.writer == "attributes":

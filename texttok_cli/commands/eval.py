@@ -50,9 +50,9 @@ def eval_(
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Side of the images, if every --model is a baseline, which takes any.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Images to reconstruct: a folder, manifest or shard; repeatable.")] = None,
-    samples: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="Samples that are there, as of `texttok sample`.")] = None,
+    samples: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="Existing samples, such as those of `texttok sample`.")] = None,
     ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="What --samples are compared with: images or statistics.")] = None,
-    images: Annotated[int | None, typer.Option("--images", "-n", min=2, help="Take so many of --data, at even distances.")] = None,
+    images: Annotated[int | None, typer.Option("--images", "-n", min=2, help="Use only this many images of --data, evenly spaced.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl of --data or --samples.")] = None,
     caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
     no_caption: Annotated[bool, typer.Option("--no-caption", help="Reconstruct with the empty condition, and record that.")] = False,
@@ -79,9 +79,9 @@ def eval_(
     """Measure how well images are reconstructed, or how good samples are.
 
     Without --model it is the bundled texttok-32-128; without --data and --samples it reconstructs a small set of pictures that
-    comes with the package. With -o the report goes to a file, every number with its protocol card, and the same command goes on
-    where an interrupted run was. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their
-    cards are unlike. Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
+    comes with the package. With -o the report goes to a file, every number with its protocol card, and the same command resumes an
+    interrupted run. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their cards differ.
+    Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
     from texttok_cli.inference import pick_device
     from texttok_cli.metrics.processes import Processes

@@ -25,7 +25,7 @@ class DataConfig(Config):
 
     train: Paths
     val: Paths = Field(default_factory=list)
-    captions: str | None = None  # a captions.jsonl that overrides what stands beside the images
+    captions: str | None = None  # a captions.jsonl that overrides those beside the images
     caption_field: str | None = None  # key in a shard's .json: measured, captions, longest, ...
     crop: Literal["center", "random"] = "center"  # random: where along the longer side, after the short side is scaled
     flip: bool = True
@@ -45,7 +45,7 @@ class LatentData(Config):
     train: Paths
     val: Paths = Field(default_factory=list)
     tokenizer: str | None = None  # whose tokens they are: bundled name, path or hf://
-    captions: str | None = None  # a captions.jsonl that overrides what stands in the token files, for tokens of a model without text
+    captions: str | None = None  # a captions.jsonl that overrides those in the token files, for tokens of a model without text
 
 
 class PerceptualLoss(Config):

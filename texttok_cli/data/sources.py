@@ -15,7 +15,7 @@ from texttok_cli.data.listings import from_folder, from_list, from_manifest, sid
 from texttok_cli.data.shards import from_shard
 from texttok_cli.errors import DataError
 
-__all__ = ["Dataset", "Item", "Skipped", "open_dataset"]
+__all__ = ["Dataset", "Item", "Skipped", "expand", "open_dataset"]
 
 
 def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, caption_field: str | None = None) -> Dataset:
@@ -32,7 +32,7 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     """
     found: list[tuple[str, Item]] = []
     skipped: list[Skipped] = []
-    for source in (source for name in inputs for source in _expand(str(name))):
+    for source in (source for name in inputs for source in expand(str(name))):
         entries = list(_list_source(source, caption_field))
         unusable = [entry for entry in entries if isinstance(entry, Skipped)]
         if len(unusable) == len(entries):
@@ -53,7 +53,7 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     return Dataset(items, skipped)
 
 
-def _expand(name: str) -> list[str]:
+def expand(name: str) -> list[str]:
     """Braces of numbers and globs -> existing paths, sorted."""
     if name == "-" or Path(name).exists():
         return [name]
@@ -63,7 +63,7 @@ def _expand(name: str) -> list[str]:
         if int(first) > int(last):
             raise DataError(f"{name}: the range runs backwards; put the smaller number first")
         values = range(int(first), int(last) + 1)
-        return [path for n in values for path in _expand(name.replace(numbers[0], str(n).zfill(len(first)), 1))]
+        return [path for n in values for path in expand(name.replace(numbers[0], str(n).zfill(len(first)), 1))]
     found = sorted(glob.glob(name))  # noqa: PTH207 (Path.glob takes no absolute pattern)
     if not found:
         raise DataError(f"{name}: no such file or folder")

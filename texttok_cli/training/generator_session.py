@@ -19,6 +19,7 @@ from texttok_cli.config.recipe import GeneratorRecipe
 from texttok_cli.config.schema import Prompt, TextCondition, TokenLatents
 from texttok_cli.data import to_uint8
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
+from texttok_cli.data.sources import expand
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import RecipeError
 from texttok_cli.inference import find_model
@@ -42,7 +43,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     engine = Engine(recipe.training, out=out, device=device, sharding=True)
     file, tokenizer = _tokenizer(recipe, offline)
     stores = [
-        LatentStore.open([Path(name) for name in part], made_by=tokenizer.latents_made_by)
+        LatentStore.open([Path(path) for name in part for path in expand(name)], made_by=tokenizer.latents_made_by)
         for part in (recipe.data.train, recipe.data.val)
         if part
     ]
