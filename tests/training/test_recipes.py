@@ -211,7 +211,7 @@ def test_a_generator_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, 
         "model.backbone={depth: 1, width: 32, heads: 2}",
         f"data={{train: [{store}], tokenizer: {models / 'text.safetensors'}}}",
         "schedule={steps: 2, warmup: 0}",
-        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false}",
+        "training={batch_size: 2, compile: false, log_every: 1, text_cache: false, start_from: null}",
     ]
     if isinstance(recipe.model.condition, Prompt):
         overrides += ["model.condition.encoder={kind: hash, name: null, dim: 16, max_tokens: 24, precision: fp32}"]

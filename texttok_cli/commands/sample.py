@@ -37,7 +37,7 @@ def sample(
         typer.Option(help="Sample all classes: the same number per class, or proportional to its training images. -n is then the total."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="Images of each class or prompt; with --labels of all classes together.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
     sampler: Annotated[
         str | None, typer.Option(help="ddpm (default), ddim or dpm++2m; for a flow model heun (default) or euler.", show_default=False)
     ] = None,
