@@ -19,7 +19,8 @@ from torch import Tensor
 
 import texttok_cli
 from texttok_cli.data import Dataset, EvalBatch, eval_batches, open_dataset
-from texttok_cli.inference import Tokenizer, texts_for
+from texttok_cli.data.texts import texts_for
+from texttok_cli.inference import Tokenizer
 from texttok_cli.losses import Perceptual
 from texttok_cli.metrics.image import psnr
 

@@ -12,9 +12,10 @@ from PIL import Image
 from texttok_cli import inference
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import Dataset, Item, open_dataset
+from texttok_cli.data.texts import texts_for
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.files import sha256_file
-from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device, texts_for
+from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device
 from texttok_cli.tokens import Tokens
 
 CAPTIONS = ["", "a", "a red flower", "one two three four five six seven eight nine ten", "a b c", "x y", "a red flower", "long " * 40]

@@ -16,8 +16,8 @@ from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
-from texttok_cli.data import Dataset, Item, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
-from texttok_cli.data.labels import class_text
+from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.texts import NO_CAPTION_HELP
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
@@ -28,10 +28,6 @@ from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenH
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "texttok-32-128"
-NO_CAPTION_HELP = (
-    "this model is conditioned on text: give --caption or --captions, make captions with `texttok caption`,"
-    " use --no-caption, or take the twin without text (--model baseline-32-128)"
-)
 
 ImageLike = str | Path | Image.Image
 
@@ -193,29 +189,6 @@ def pick_device(device: str) -> torch.device:
     if not has.get(device.partition(":")[0], False):
         raise BackendError(f"--device {device}: not available here; use --device cpu")
     return torch.device(device)
-
-
-def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None) -> list[str]:
-    """The text of each image: its caption, or its class put into a template.
-
-    DataError names an image that has none (for a shard item the message also names `caption_field`), and an image whose class is a
-    WordNet id instead of text.
-    """
-    return [_text_of(item, cond, caption_field) for item in items]
-
-
-def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
-    if cond.source == "class_text" and item.class_name is not None:
-        try:
-            return class_text(item.class_name)
-        except DataError as err:
-            raise DataError(f"{item.id}: {err}") from None
-    if item.caption is None and item.in_shard and caption_field is not None:
-        where = f"{item.id}: its .json has no caption under {caption_field!r}"
-        raise DataError(f"{where}; name another key with --caption-field or data.caption_field")
-    if item.caption is None:
-        raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
-    return item.caption
 
 
 def encode_dataset(

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 from texttok_cli.data import open_dataset
-from texttok_cli.inference import encode_dataset, load_tokenizer, texts_for
+from texttok_cli.data.texts import texts_for
+from texttok_cli.inference import encode_dataset, load_tokenizer
 from texttok_cli.token_folder import TokenFolder
 
 TINY: dict = {

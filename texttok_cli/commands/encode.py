@@ -146,7 +146,7 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
 
 def _texts(tokenizer: Tokenizer, dataset: Dataset, *, caption: str | None, caption_field: str | None, no_caption: bool) -> list[str] | None:
     """One text an image, or None for a model without text."""
-    from texttok_cli.inference import texts_for
+    from texttok_cli.data.texts import texts_for
 
     if tokenizer.text_condition is None:
         return None

@@ -84,7 +84,8 @@ def of_models(
     The side of the crop is the models' own; baselines take the others', or `size`.
     """
     from texttok_cli.data import open_dataset
-    from texttok_cli.inference import PRETRAINED, texts_for
+    from texttok_cli.data.texts import texts_for
+    from texttok_cli.inference import PRETRAINED
     from texttok_cli.metrics.registry import uses_clip
     from texttok_cli.metrics.sources import FileImages
 

@@ -1,14 +1,45 @@
-"""Texts that come without images: prompts, and unseen captions by class."""
+"""The texts of images; and those that come without: prompts, and unseen captions by class."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from texttok_cli.config.schema import TextCondition
+from texttok_cli.data.items import Item
+from texttok_cli.data.labels import class_text
 from texttok_cli.data.listings import json_or_none
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
+
+NO_CAPTION_HELP = (
+    "this model is conditioned on text: give --caption or --captions, make captions with `texttok caption`,"
+    " use --no-caption, or take the twin without text (--model baseline-32-128)"
+)
+
+
+def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None) -> list[str]:
+    """The text of each image: its caption, or its class put into a template.
+
+    DataError names an image that has none (for a shard item the message also names `caption_field`), and an image whose class is a
+    WordNet id instead of text.
+    """
+    return [_text_of(item, cond, caption_field) for item in items]
+
+
+def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
+    if cond.source == "class_text" and item.class_name is not None:
+        try:
+            return class_text(item.class_name)
+        except DataError as err:
+            raise DataError(f"{item.id}: {err}") from None
+    if item.caption is None and item.in_shard and caption_field is not None:
+        where = f"{item.id}: its .json has no caption under {caption_field!r}"
+        raise DataError(f"{where}; name another key with --caption-field or data.caption_field")
+    if item.caption is None:
+        raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
+    return item.caption
 
 
 class UnseenCaptions:

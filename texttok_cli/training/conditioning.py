@@ -12,8 +12,8 @@ from torch import Tensor
 from texttok_cli.config.recipe import TokenizerRecipe
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig
 from texttok_cli.data import Dataset
+from texttok_cli.data.texts import texts_for
 from texttok_cli.errors import DataError, RecipeError
-from texttok_cli.inference import texts_for
 from texttok_cli.text import embed_corpus, estimate_bytes, load_text_encoder
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.report import Reporter
