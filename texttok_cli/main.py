@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Language-guided image tokenization: images and their captions to a few tokens and back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
