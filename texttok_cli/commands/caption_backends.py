@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Settings:
     max_tokens: int | None = None
     device: str = "auto"
     device_map: str | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     offline: bool = False
 
     def check(self, given: Collection[str], *, unseen: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,8 @@ from texttok_cli.commands.options import (
     PrecisionOption,
     QuietOption,
 )
+from texttok_cli.config import Precision
+from texttok_cli.errors import DataError, TokenFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +107,8 @@ def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:
             yield path, load_tokens(path)
 
 
-def _load(part: Tokens, path: Path, model: str | None, device: str, precision: Literal["fp32", "bf16"], offline: bool) -> Tokenizer:
+def _load(part: Tokens, path: Path, model: str | None, device: str, precision: Precision, offline: bool) -> Tokenizer:
     """The tokenizer that made these tokens, found by its hash or named by the person."""
-    from texttok_cli.errors import TokenFileError
     from texttok_cli.inference import find_model, find_model_by_hash, load_tokenizer
 
     header = part.header
@@ -123,8 +124,6 @@ def _load(part: Tokens, path: Path, model: str | None, device: str, precision: L
 
 def _check_fits(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
     """TokenFileError for a header that names this model and latents that can't be its own."""
-    from texttok_cli.errors import TokenFileError
-
     cfg, header = tokenizer.cfg, part.header
     if header.codes != tokenizer.num_codes:
         raise TokenFileError(
@@ -144,7 +143,6 @@ class _Target:
     def __init__(self, out: Path | None, names: Mapping[Path, Sequence[str]]) -> None:
         """`names`: of the images of each input. DataError if `out` is a file's name that can't be, or two images would be one file."""
         from texttok_cli.data.items import IMAGE_SUFFIXES
-        from texttok_cli.errors import DataError
         from texttok_cli.files import check_can_be_folder
 
         self.out, self.counts = out, {source: len(own) for source, own in names.items()}
@@ -168,20 +166,16 @@ class _Target:
 
         DataError rather than over another image of this run, or over the file that was encoded.
         """
-        from PIL import Image
-
-        from texttok_cli.errors import DataError
+        from texttok_cli.data import to_image
         from texttok_cli.files import atomic_path, sha256_file
 
         path = self._claim(source, name)
         if path.is_file() and sha256_file(path) == input_sha256:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
         with atomic_path(path) as temporary:
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+            to_image(image).save(temporary, format="PNG")
 
     def _claim(self, source: Path, name: str) -> Path:
-        from texttok_cli.errors import DataError
-
         path = self._path(source, name)
         if path in self.written:
             raise DataError(

@@ -20,6 +20,7 @@ from texttok_cli.commands.options import (
     PrecisionOption,
     QuietOption,
 )
+from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
     from texttok_cli.commands.encode_jobs import Files, Folder
@@ -63,7 +64,6 @@ def encode(
     from texttok_cli.commands.encode_jobs import Files, Folder
     from texttok_cli.console import emit, progress, say
     from texttok_cli.data import open_dataset
-    from texttok_cli.errors import DataError
     from texttok_cli.inference import encode_dataset, load_tokenizer
 
     _check_one_source(caption, captions, no_caption)
@@ -110,8 +110,6 @@ def encode(
 
 
 def _check_one_source(caption: str | None, captions: Path | None, no_caption: bool) -> None:
-    from texttok_cli.errors import DataError
-
     given = {"--caption": caption is not None, "--captions": captions is not None, "--no-caption": no_caption}
     if sum(given.values()) > 1:
         raise DataError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
@@ -119,7 +117,6 @@ def _check_one_source(caption: str | None, captions: Path | None, no_caption: bo
 
 def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
     """A folder of shards, or for image files one token file each."""
-    from texttok_cli.errors import DataError
     from texttok_cli.files import check_can_be_folder
     from texttok_cli.tokens import SUFFIX
 
