@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import texttok_cli
+from texttok_cli import __version__
 from texttok_cli import main as module
 from texttok_cli.console import emit, one_line
 from texttok_cli.errors import TokenFileError
@@ -160,6 +162,16 @@ def test_a_reader_that_goes_away_ends_quietly(option: str, unbuffered: str) -> N
     run = subprocess.run([sys.executable, "-c", code, option], stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
     os.close(writer)
     assert (run.returncode, run.stderr) == (141, b"")
+
+
+COMMAND = shutil.which("texttok", path=Path(sys.executable).parent)
+
+
+@pytest.mark.skipif(COMMAND is None, reason="texttok is not installed in this environment")
+def test_the_installed_command_works_away_from_the_repository(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([str(COMMAND), "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"texttok {__version__}\n", "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
