@@ -293,6 +293,8 @@ def test_the_tokens_of_another_picture_of_the_same_name_are_not_replaced_in_sile
     assert (
         "replaced: the tokens of 1 other picture(s) that had the same file name, such as a.png; to keep both, choose another -o" in run.err
     )
+    draw(tmp_path / "2" / "a.png", seed=2, part=0.5)
+    assert "replaced" not in json.loads(encode(tmp_path / "2" / "a.png", "--caption", "c", "-o", out, "--json").out)  # it can't be read
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")

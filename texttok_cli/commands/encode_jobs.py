@@ -51,6 +51,7 @@ class Files(Job):
         super().__init__()
         self.files, self.tokenizer, self.dtype = files, tokenizer, dtype
         self.there: set[Path] = set()  # those of the files that are written or were before
+        self.of_others: set[Path] = set()  # those that hold another picture's tokens
 
     def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
         """Whether the file is there, made of this picture and caption by this model."""
@@ -65,7 +66,7 @@ class Files(Job):
         if same:
             self.there.add(self.files[index])
         elif header.input_sha256 != [sha256]:  # another caption of the same picture is no surprise
-            self.replaced.add(item.id)
+            self.of_others.add(self.files[index])
         return same
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
@@ -74,6 +75,8 @@ class Files(Job):
         for i, index in enumerate(indices):
             save_tokens(self.files[index], select(tokens, [i]))
             self.there.add(self.files[index])
+            if self.files[index] in self.of_others:
+                self.replaced.add(tokens.header.ids[i])
 
     @property
     def out(self) -> list[str]:
@@ -95,9 +98,10 @@ class Folder(Job):
     def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool, dataset: Dataset) -> None:
         super().__init__()
         self.flips, self.dataset = flips, dataset
-        self._alone = ExitStack()
-        self._alone.enter_context(alone_in(folder))
-        self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
+        with ExitStack() as stack:
+            stack.enter_context(alone_in(folder))
+            self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
+            self._alone = stack.pop_all()  # until `__exit__`
         dropped = self.folder.dropped
         if dropped:
             lost = sum(shard.images for shard in dropped)
@@ -117,14 +121,14 @@ class Folder(Job):
         self.folder.add(tokens)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        with self._alone:
+            if kind is not None:
+                self.folder.flush()
+                return
             self.folder.finish()
             self.replaced = self.folder.replaced
             ids = {item.id for item in self.dataset.items}
             self.others, self.same = self.folder.ids - ids, self.folder.same_as(ids)
-        else:
-            self.folder.flush()
-        self._alone.close()
 
     @property
     def out(self) -> str:

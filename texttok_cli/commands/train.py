@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,12 +40,12 @@ def train(
         return
     from texttok_cli.inference import pick_device
     from texttok_cli.training.loop import Interrupted
-    from texttok_cli.training.report import Reporter
+    from texttok_cli.training.report import Reporter, is_first_process
     from texttok_cli.training.session import run_training
 
     if device != "auto":
         pick_device(device)  # says so if this machine has none
-    speaks = os.environ.get("RANK", "0") == "0"  # torchrun's and accelerate's: one of many processes reports
+    speaks = is_first_process()
     folder = out or Path("runs") / Path(recipe).stem
     with progress(quiet=quiet or not speaks) as bar:
         tasks: dict[str, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +22,7 @@ from texttok_cli.training.conditioning import Conditioner, build_conditioners
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_session import train_generator
 from texttok_cli.training.loop import Interrupted, train
-from texttok_cli.training.report import Reporter
+from texttok_cli.training.report import Reporter, is_first_process
 from texttok_cli.training.run import RunFolder, begin, check_start, history, spread
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
@@ -37,8 +36,7 @@ def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: boo
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
     a signal.
     """
-    one_of_all = os.environ.get("RANK", "0") == "0"  # torchrun's and accelerate's: its processes share the folder
-    with alone_in(out, patience=WORKERS_END) if one_of_all else nullcontext():
+    with alone_in(out, patience=WORKERS_END) if is_first_process() else nullcontext():  # the processes of a run share the folder
         if isinstance(recipe, GeneratorRecipe):
             return train_generator(recipe, out, report, offline=offline, device=device)
         return _train_tokenizer(recipe, out, report, offline=offline, device=device)
