@@ -95,6 +95,15 @@ def test_classes_to_a_folder(by_class: Run, generators: Path, tmp_path: Path) ->
     assert all((row["caption"] == "this rose") == (row in leaked) for row in rows)
 
 
+@pytest.mark.parametrize(("args", "shape"), [(["-n", 3], (64, 64, 3)), (["--labels", "equal", "-n", 12], (96, 128, 3))])
+def test_the_grid_of_one_run_of_images_is_as_square_as_can_be(
+    args: list[Any], shape: tuple[int, ...], by_class: Run, tmp_path: Path
+) -> None:
+    chosen = [] if "--labels" in args else ["--class", "rose"]
+    assert by_class(*chosen, *args, "--steps", 2, "-o", tmp_path / "out").code == 0
+    assert np.array(Image.open(tmp_path / "out" / "grid.png")).shape == shape
+
+
 def test_samples_are_a_manifest_of_what_was_asked_for(by_text: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\n  a red boat  \n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from texttok_cli.metrics.processes import Processes
 
 Labels = Literal["equal", "proportional"]
-GRID_COLUMNS = 8  # unless a class or prompt has a row of its own
+GRID_COLUMNS = 8  # at most twice as many, if each class or prompt has a row of its own
 
 
 def sample(
@@ -119,7 +120,7 @@ def sample(
             folder.record(lambda i: {**_about(generator, requests[i]), **made_by})
     if first:
         labelled = [request.class_id for request in requests if request.class_id is not None]
-        folder.finish(labels=labelled or None, columns=GRID_COLUMNS if labels or not 1 < number <= 2 * GRID_COLUMNS else number)
+        folder.finish(labels=labelled or None, columns=_columns(len(requests), number))
         if generator.truncated and not quiet:
             say(f"longer than the text encoder takes, so the end was cut off: {generator.truncated:,} texts")
         emit(_summary(generator, requests, folder, already), as_json=json)
@@ -195,6 +196,13 @@ def _summary(generator: Generator, requests: Sequence[Request], folder: SampleFo
         summary["with_leaked_captions"] = leaked
         say(f"captions that are in the generator's training data: {leaked:,} of the {len(requests):,} images are decoded with one")
     return summary
+
+
+def _columns(images: int, number: int) -> int:
+    """Of the grid: a row for each class or prompt if there are several with some images, of one alone as square as can be."""
+    if images == number:
+        return min(GRID_COLUMNS, math.ceil(math.sqrt(images)))
+    return number if 1 < number <= 2 * GRID_COLUMNS else GRID_COLUMNS
 
 
 def _digest(requests: Sequence[Request]) -> str:
