@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py [-o benchmarks/results/attention.json]
 
-Processor time of one thread, in turns; shapes are batch, heads, tokens, channels of a head. `layers._fused_is_faster` decides by
+Processor time of one thread, in turns; shapes are batch, heads, tokens, channels of a head. `layers.fused_is_faster` decides by
 what this finds: without AMX the formula, with AMX the kernel, in training for many tokens only.
 """
 

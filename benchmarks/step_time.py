@@ -18,9 +18,8 @@ import torch
 
 from texttok_cli.bench.subjects import Where
 from texttok_cli.bench.timing import Timer
-from texttok_cli.bench.training import bare_tokenizer_step
+from texttok_cli.bench.training import bare_step
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.config.recipe import TokenizerRecipe
 
 WARM_UP, STEPS = 3, 15
 
@@ -48,9 +47,7 @@ def main() -> None:
 
 
 def _step(name: str, where: Where) -> Callable[[], object]:
-    recipe = load_recipe(name)
-    assert isinstance(recipe, TokenizerRecipe)
-    return bare_tokenizer_step(recipe, where)
+    return bare_step(load_recipe(name), where)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from texttok_cli.bench import program, targets
 from texttok_cli.bench.results import Target
 from texttok_cli.bench.subjects import DoesNotFit, Where
-from texttok_cli.bench.training import generator_steps, tokenizer_steps
+from texttok_cli.bench.training import bare_step, timed_recipe, training_step
 from texttok_cli.errors import BackendError
 
 PARTS = ("_tokenizer", "_sampler", "_equal_steps", "_training", "_evaluation", "start", "memory")
@@ -37,7 +37,9 @@ def test_a_part_that_can_t_be_measured_is_said_and_the_next_is_measured(monkeypa
 
 def test_the_bare_step_trains_as_the_program_s_does(tmp_path: Path) -> None:
     """Equal losses in the first steps: the same model, batch and update."""
-    whole, bare = tokenizer_steps("tiny/texttok-32-128", 2, tmp_path, Where(torch.device("cpu"), "fp32"))
+    where = Where(torch.device("cpu"), "fp32")
+    recipe = timed_recipe("tiny/texttok-32-128", 2, where)
+    whole, bare = training_step(recipe, tmp_path, where), bare_step(recipe, where)
     losses = [(float(whole()["l2"]), float(bare())) for _ in range(3)]  # type: ignore[index, arg-type]
     assert [ours for ours, _ in losses] == pytest.approx([theirs for _, theirs in losses], rel=1e-4)
     assert losses[2][0] < 0.99 * losses[0][0]
@@ -45,7 +47,9 @@ def test_the_bare_step_trains_as_the_program_s_does(tmp_path: Path) -> None:
 
 def test_the_generator_s_bare_step_is_of_the_same_model(tmp_path: Path) -> None:
     """Times and noise are others, so the losses are only near; zero-initialised, the first is that of predicting no noise, 1."""
-    whole, bare = generator_steps("tiny/class-32-128", 16, tmp_path, Where(torch.device("cpu"), "fp32"))
+    where = Where(torch.device("cpu"), "fp32")
+    recipe = timed_recipe("tiny/class-32-128", 16, where)
+    whole, bare = training_step(recipe, tmp_path, where), bare_step(recipe, where)
     values, loss = whole(), bare()
     assert float(values["mse"]) == pytest.approx(1, abs=0.05)  # type: ignore[index]
     assert float(loss) == pytest.approx(float(values["loss"]), rel=0.3)  # type: ignore[index, arg-type]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -70,9 +73,14 @@ def _total_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there."""
+    """Bytes that can still be had there, once what is free but kept for reuse is given back."""
+    gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's; it keeps gigabytes
+    if trim is not None:
+        trim(0)
     return int(psutil.virtual_memory().available)
 
 

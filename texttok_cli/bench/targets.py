@@ -32,7 +32,7 @@ from texttok_cli.bench.subjects import (
 )
 from texttok_cli.bench.task import Task, Work
 from texttok_cli.bench.timing import Timer, median_ratio
-from texttok_cli.bench.training import generator_steps, loader_work, tokenizer_steps
+from texttok_cli.bench.training import bare_step, loader_work, timed_recipe, training_step
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import open_dataset
 from texttok_cli.diffusion import Guidance, Sampling
@@ -191,7 +191,8 @@ def _training(task: Task) -> Iterator[Target]:
         names, sizes = ("tokenizer/texttok-32-256", "generator/dit-xl-32-256"), [64, 64]
     with tempfile.TemporaryDirectory() as folder:
         (tokenizer, generator), (batch, latents) = names, sizes
-        whole, bare = tokenizer_steps(tokenizer, batch, Path(folder), task.where)
+        recipe = timed_recipe(tokenizer, batch, task.where)
+        whole, bare = training_step(recipe, Path(folder), task.where), bare_step(recipe, task.where)
         seconds = task.timer.in_turns({"whole": whole, "bare": bare})
         note = f"{tokenizer}, batch {batch}, random images, l2 alone, not compiled; EMA, guard and clipping are in the step"
         over = 100 * (median_ratio(seconds["whole"], seconds["bare"]) - 1)
@@ -202,7 +203,8 @@ def _training(task: Task) -> Iterator[Target]:
         )
         yield Target(name="loader over the training step", reached=median(seconds["whole"]) / loading, least=1, unit="x", note=note)
         del whole, bare  # two models with their optimizers
-        whole, bare = generator_steps(generator, latents, Path(folder), task.where)
+        recipe = timed_recipe(generator, latents, task.where)
+        whole, bare = training_step(recipe, Path(folder), task.where), bare_step(recipe, task.where)
         seconds = task.timer.in_turns({"whole": whole, "bare": bare})
         over = 100 * (median_ratio(seconds["whole"], seconds["bare"]) - 1)
         note = f"{generator}, batch {latents}, latents in memory, not compiled; batches, dropout, EMA and guard are in the step"

@@ -6,7 +6,7 @@ Letters: B batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
@@ -26,6 +26,7 @@ from texttok_cli.diffusion import build_process
 from texttok_cli.losses import l2
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
+from texttok_cli.models.layers import fused_is_faster
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.token_folder import Statistics
 from texttok_cli.training.engine import Engine
@@ -33,10 +34,8 @@ from texttok_cli.training.generator_task import GeneratorTask
 from texttok_cli.training.optim import build_optimizers
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
-STATE = 5  # fp32 copies of the weights: themselves, EMA, gradients and two moments
+STATE = 6  # fp32 copies of the weights: themselves, EMA, gradients, two moments, and what the optimizer computes from them
 STORED = 2048  # latents in memory that batches are drawn from
-# Losses that need weights of others are left out of the steps that are timed; compiling takes longer than timing.
-L2_ALONE = ("objective.perceptual=null", "objective.adversarial=null", "training.compile=false")
 
 
 def recipes(task: Task) -> Iterator[tuple[Row, AnyRecipe]]:
@@ -52,67 +51,71 @@ def recipes(task: Task) -> Iterator[tuple[Row, AnyRecipe]]:
 
 def training_rows(task: Task) -> Iterator[Row]:
     """A step of the paper's tokenizers, by l2 alone, and of their generators. On a CPU a part of a batch may stand for all of it."""
-    for row, recipe in recipes(task):
-        if isinstance(recipe, GeneratorRecipe):
-            wanted = partial(generator_bytes, recipe.model, where=task.where)
-            yield from _rows(task, row, recipe.model.latents.sequence_length, wanted, generator_steps)
-        else:
-            needed = partial(tokenizer_bytes, recipe.model, where=task.where)
-            yield from _rows(task, row, rows_of(recipe.model), needed, tokenizer_steps)
-
-
-Steps = Callable[[str, int, Path, Where], tuple[Work, Work]]
-
-
-def _rows(task: Task, row: Row, rows: int, needed: Callable[[int], float], steps: Steps) -> Iterator[Row]:
-    """A row for each batch size, of images that are `rows` matrix rows each."""
-    for batch in task.batches:
-        part = task.part_of(batch, rows)
+    for (row, recipe), batch in product(recipes(task), task.batches):
+        cfg = recipe.model
+        part = task.part_of(batch, cfg.latents.sequence_length if isinstance(cfg, GeneratorConfig) else rows_of(cfg))
         said = joined(row.note, "forward, backward, optimizer, EMA", f"{part} of {batch} images run, multiplied" if part < batch else "")
         this = row.model_copy(update={"batch": batch, "note": said})
         try:
-            check_fits(needed(part), task.where.device)
+            check_fits(step_bytes(cfg, part, where=task.where), task.where.device)
         except DoesNotFit as err:
             yield this.model_copy(update={"skipped": str(err)})
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            yield task.timed(this, steps(row.system, part, Path(folder), task.where)[0], times=batch / part)
+        yield _timed_step(task, this, part)
 
 
-def tokenizer_bytes(cfg: TokenizerConfig, batch: int, *, where: Where) -> float:
-    """Of a training step: weights, EMA, gradients and moments, those of the bare model beside it, and what the backward pass reads."""
-    return 2 * STATE * weights_bytes(partial(TexTok, cfg), 4) + 2 * kept_bytes(cfg.backbone, batch, rows_of(cfg), where)
+def _timed_step(task: Task, row: Row, part: int) -> Row:
+    """The row with its time; what was allocated for it is free again."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = training_step(timed_recipe(row.system, part, task.where), Path(folder), task.where)
+        return task.timed(row, step, times=row.batch / part)
 
 
-def generator_bytes(cfg: GeneratorConfig, batch: int, *, where: Where) -> float:
-    """As `tokenizer_bytes`."""
-    return 2 * STATE * weights_bytes(partial(DiT, cfg), 4) + kept_bytes(cfg.backbone, batch, cfg.latents.sequence_length, where)
+def step_bytes(cfg: TokenizerConfig | GeneratorConfig, batch: int, *, where: Where) -> float:
+    """Of a training step: weights, EMA, gradients and moments, and what the backward pass reads."""
+    if isinstance(cfg, GeneratorConfig):
+        return STATE * weights_bytes(partial(DiT, cfg), 4) + kept_bytes(cfg.backbone, batch, cfg.latents.sequence_length, where)
+    return STATE * weights_bytes(partial(TexTok, cfg), 4) + 2 * kept_bytes(cfg.backbone, batch, rows_of(cfg), where)
 
 
 def kept_bytes(backbone: Transformer, batch: int, rows: int, where: Where) -> float:
-    """Upper estimate of what a transformer keeps for its backward pass: 40 vectors a token and block, on a CPU the attention weights."""
+    """Upper estimate of what a transformer keeps for its backward pass: 40 vectors a token and block, and the attention weights where a
+    CPU writes attention out."""
+    dtype = torch.bfloat16 if where.precision == "bf16" else torch.float32
+    fused = where.device.type != "cpu" or fused_is_faster(dtype, rows, rows, training=True)
     vectors = 40 * rows * backbone.width * where.element
-    attention = backbone.heads * rows**2 * (4 + 2 * where.element) if where.device.type == "cpu" else 0
+    attention = 0 if fused else backbone.heads * rows**2 * (4 + 2 * where.element)
     return backbone.depth * batch * (vectors + attention)
 
 
-def tokenizer_steps(recipe_name: str, batch: int, folder: Path, where: Where) -> tuple[Work, Work]:
-    """The program's training step on random images and text, and a bare forward, backward and optimizer step of an equal model."""
-    recipe = load_recipe(recipe_name, [*L2_ALONE, f"training.batch_size={batch}", f"training.precision={where.precision}"])
-    assert isinstance(recipe, TokenizerRecipe), recipe_name
+def timed_recipe(name: str, batch: int, where: Where) -> AnyRecipe:
+    """The recipe of this name with batches of so many images, not compiled: that takes longer than timing. Of a tokenizer's losses only
+    l2, as the others need weights of others."""
+    alone = ["objective.perceptual=null", "objective.adversarial=null"] if isinstance(load_recipe(name), TokenizerRecipe) else []
+    return load_recipe(name, [*alone, "training.compile=false", f"training.batch_size={batch}", f"training.precision={where.precision}"])
+
+
+def training_step(recipe: AnyRecipe, folder: Path, where: Where) -> Work:
+    """The program's step: of a tokenizer on random images and text, of a class-conditional generator on the next latents in memory."""
+    return _generator_step(recipe, folder, where) if isinstance(recipe, GeneratorRecipe) else _tokenizer_step(recipe, folder, where)
+
+
+def bare_step(recipe: AnyRecipe, where: Where) -> Work:
+    """Forward, backward and optimizer of an equal model: of a tokenizer by l2 alone on the same images and text, compiled if the recipe
+    says so; of a generator on latents, classes, times and noise that are known beforehand."""
+    return _bare_generator_step(recipe, where) if isinstance(recipe, GeneratorRecipe) else _bare_tokenizer_step(recipe, where)
+
+
+def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Work:
     engine = Engine(recipe.training, out=folder, device=where.device.type)
     images, cond = _random_batch(recipe, where)
     task = TokenizerTask(recipe, engine, lambda indices: {"cond": cond}, None)
-    whole, steps = Batch(images, torch.arange(batch)), count()
-    return lambda: task.step(whole, next(steps)), _bare_step(recipe, images, cond, where)
+    whole, steps = Batch(images, torch.arange(len(images))), count()
+    return lambda: task.step(whole, next(steps))
 
 
-def bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Work:
-    """Forward, backward and optimizer on random images and text by l2 alone, of a model that is compiled if the recipe says so."""
-    return _bare_step(recipe, *_random_batch(recipe, where), where)
-
-
-def _bare_step(recipe: TokenizerRecipe, images: Tensor, cond: Condition | None, where: Where) -> Work:
+def _bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Work:
+    images, cond = _random_batch(recipe, where)
     torch.manual_seed(recipe.training.seed)  # as the task's
     model = TexTok(recipe.model).to(where.device)
     optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
@@ -135,12 +138,13 @@ def _bare_step(recipe: TokenizerRecipe, images: Tensor, cond: Condition | None, 
 def _random_batch(recipe: TokenizerRecipe, where: Where) -> tuple[Tensor, Condition | None]:
     """Images uint8 (B, 3, H, W), and text tokens (B, T, C) of different lengths, as captions are: half of the longest to the longest."""
     cfg, batch = recipe.model, recipe.training.batch_size
-    images = torch.randint(0, 256, (batch, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, generator=rng)
     if not isinstance(cfg.condition, TextCondition):
         return images, None
     longest, width = cfg.condition.encoder.max_tokens, cfg.condition.encoder.dim
     lengths = torch.linspace(longest // 2, longest, batch).long()
-    return images, Condition(torch.randn(batch, longest, width), torch.arange(longest) < lengths[:, None]).to(where.device)
+    return images, Condition(torch.randn(batch, longest, width, generator=rng), torch.arange(longest) < lengths[:, None]).to(where.device)
 
 
 def loader_work(dataset: Dataset, image_size: int, batch: int, *, workers: int = 0) -> Work:
@@ -150,24 +154,19 @@ def loader_work(dataset: Dataset, image_size: int, batch: int, *, workers: int =
     return lambda: list(islice(batches, 1))
 
 
-def generator_steps(recipe_name: str, batch: int, folder: Path, where: Where) -> tuple[Work, Work]:
-    """The program's step of a class-conditional generator on the next batch of latents in memory, and a bare one of an equal model.
-
-    The bare step knows its latents, classes, times and noise beforehand.
-    """
-    recipe = load_recipe(recipe_name, ["training.compile=false", f"training.batch_size={batch}", f"training.precision={where.precision}"])
-    assert isinstance(recipe, GeneratorRecipe) and isinstance(recipe.model.condition, ClassLabels), recipe_name
+def _generator_step(recipe: GeneratorRecipe, folder: Path, where: Where) -> Work:
     engine = Engine(recipe.training, out=folder, device=where.device.type)
-    z = torch.randn(STORED, *DiT(recipe.model).latent_shape)
+    z, class_ids = _random_latents(recipe, STORED, where)
     nothing: list[str | None] = [None] * STORED
     store = LatentStore(z.half(), [str(i) for i in range(STORED)], [False] * STORED, nothing, nothing, Statistics.of(z))
-    class_ids = torch.randint(0, recipe.model.condition.num_classes, (STORED,), device=where.device)
     task = GeneratorTask(recipe, engine, lambda indices: {"class_ids": class_ids[list(indices)]}, store.statistics)
-    batches, steps = LatentLoader(store, batch_size=batch, seed=0, device=where.device).batches(), count()
-    return lambda: task.step(next(batches), next(steps)), _bare_generator_step(recipe, z[:batch].to(where.device), class_ids[:batch], where)
+    batches, steps = LatentLoader(store, batch_size=recipe.training.batch_size, seed=0, device=where.device).batches(), count()
+    return lambda: task.step(next(batches), next(steps))
 
 
-def _bare_generator_step(recipe: GeneratorRecipe, x0: Tensor, class_ids: Tensor, where: Where) -> Work:
+def _bare_generator_step(recipe: GeneratorRecipe, where: Where) -> Work:
+    x0, class_ids = _random_latents(recipe, recipe.training.batch_size, where)
+    x0 = x0.to(where.device)
     torch.manual_seed(recipe.training.seed)  # as the task's
     model, process = DiT(recipe.model).to(where.device), build_process(recipe.model.process)
     optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
@@ -187,3 +186,11 @@ def _bare_generator_step(recipe: GeneratorRecipe, x0: Tensor, class_ids: Tensor,
         return loss.detach()
 
     return step
+
+
+def _random_latents(recipe: GeneratorRecipe, count: int, where: Where) -> tuple[Tensor, Tensor]:
+    """Standardised latents (count, ...) on the CPU, and their classes (count,)."""
+    assert isinstance(recipe.model.condition, ClassLabels)
+    with torch.device("meta"):
+        shape = DiT(recipe.model).latent_shape
+    return torch.randn(count, *shape), torch.randint(0, recipe.model.condition.num_classes, (count,), device=where.device)

@@ -144,22 +144,22 @@ def exact_convolutions() -> AbstractContextManager[None]:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention: q (B, H, L, E), k and v (B, H, S, E), mask (B, S) of real keys -> (B, L, H*E)."""
     key_mask = None if mask is None else mask[:, None, None, :]
-    if q.device.type != "cpu" or _fused_is_faster(q, k, v):
+    if q.device.type != "cpu" or fused_is_faster(v.dtype, q.shape[2], k.shape[2], training=q.requires_grad):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
     else:
         y = (_explicit_attention if q.requires_grad else _attention_by_heads)(q, k, v, key_mask)
     return y.transpose(1, 2).flatten(2)
 
 
-def _fused_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fused_is_faster(dtype: torch.dtype, queries: int, keys: int, *, training: bool) -> bool:
     """Whether torch's kernel is faster on this CPU than the formula written out, as benchmarks/attention.py measures it.
 
     In bf16 it needs AMX for that, and its backward pass many tokens as well.
     """
-    if v.dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         return True
-    if q.requires_grad:
-        return AMX and q.shape[2] * k.shape[2] >= LONG**2
+    if training:
+        return AMX and queries * keys >= LONG**2
     return AMX or torch.compiler.is_compiling()  # which would unroll the loop over heads
 
 
