@@ -172,8 +172,9 @@ def test_center_crop_is_adms(size):
 
 def test_a_random_crop_reaches_every_offset_alike():
     image = Image.fromarray(np.arange(35, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
-    lefts = [np.asarray(center_crop(image, 32, at=at))[0, 0, 0] for at in np.arange(1 / 128, 1, 1 / 64)]
-    assert [lefts.count(left) for left in range(4)] == [16] * 4
+    for upright in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+        firsts = [np.asarray(center_crop(upright, 32, at=at))[0, 0, 0] for at in np.arange(1 / 128, 1, 1 / 64)]
+        assert [firsts.count(first) for first in range(4)] == [16] * 4
 
 
 def test_center_crop_halves_by_plain_means():

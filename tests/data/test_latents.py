@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
+from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore, fits
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import DataError, TokenFileError
 from texttok_cli.token_folder import TokenFolder, read_index
@@ -121,3 +121,9 @@ def test_processes_share_every_global_batch(tmp_path: Path) -> None:
     ranks = [take(LatentLoader(store, batch_size=3, seed=1, device=torch.device("cpu"), rank=rank, world_size=2), 4) for rank in (0, 1)]
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert torch.equal(whole.z, torch.cat([part.z for part in parts]))
+
+
+def test_latents_take_a_quarter_of_what_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    gpu = torch.device("cuda")
+    assert fits(250, gpu) and not fits(251, gpu) and fits(10**12, torch.device("cpu"))

@@ -57,6 +57,11 @@ def test_which_key_is_the_caption(make_shard, field, info, caption):
     assert open_dataset([make_shard([("a.png", PNG), ("a.json", info)])], caption_field=field).items[0].caption == caption
 
 
+@pytest.mark.parametrize(("info", "caption"), [({"caption": "own", "captions": ["listed"]}, "own"), ({"captions": ["listed"]}, "beside")])
+def test_the_txt_comes_after_the_caption_and_before_the_list(make_shard, info, caption):
+    assert open_dataset([make_shard([("a.png", PNG), ("a.txt", b"beside"), ("a.json", info)])]).items[0].caption == caption
+
+
 def test_every_cut_keeps_what_is_whole_and_lists_the_rest(make_shard):
     """Wherever the shard is cut: each image is read exactly with its caption, or listed, or lies behind a listed break."""
     whole = make_shard(pairs(4))

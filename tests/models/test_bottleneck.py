@@ -83,6 +83,8 @@ def test_kl_clamps_the_log_variance() -> None:
 
 def test_vq_forward_is_the_formula() -> None:
     bottleneck, x = vq(weight=3.0), tokens()
+    with torch.no_grad():  # training leaves codes of any length; their direction alone counts
+        bottleneck.codebook.mul_(torch.linspace(0.3, 3, 16)[:, None])
     latents = bottleneck(x)
     z, book = unit(projected(bottleneck, x)), unit(bottleneck.codebook.detach().double().numpy())
     distances = ((z[:, :, None] - book) ** 2).sum(axis=-1)  # (B, N, K)
@@ -216,7 +218,9 @@ def test_two_processes_keep_one_codebook() -> None:
         pair[rank].finish_step(lambda value: total(rank, value))
 
     ranks: set[int] = set()
+    waited = False
     for attempt in range(20):  # a code is taken with chance 1/2 a step, and then is an input of either with the same chance
+        before = pair[0].codebook[:6].detach().clone()
         threads = [threading.Thread(target=step, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
@@ -225,11 +229,14 @@ def test_two_processes_keep_one_codebook() -> None:
         assert torch.equal(pair[0].codebook, pair[1].codebook) and torch.equal(pair[0].usage, pair[1].usage)
         if attempt == 0:
             torch.testing.assert_close(pair[0].usage[6:], whole.usage[6:])
+        taken = (pair[0].codebook[:6] != before).any(dim=1)
+        assert torch.equal(pair[0].usage[:6] == 1, taken)  # a code that nobody or both offered for waits, still dead
+        waited |= not taken.all()
         found = [[rank for rank in (0, 1) if (inputs[rank] == code).all(dim=1).any()] for code in pair[0].codebook[:6]]
         ranks |= {rank for of_code in found for rank in of_code}
         for bottleneck in pair:  # dead again: six draws alone would be all of one process in 1 of 32 runs
             bottleneck.usage[:6] = 0.001
-    assert all(found) and ranks == {0, 1}
+    assert all(found) and ranks == {0, 1} and waited
 
 
 def test_resume_is_exact() -> None:

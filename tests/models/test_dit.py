@@ -74,6 +74,29 @@ def test_it_begins_as_the_identity(condition: dict) -> None:
     assert torch.equal(model.output(h, model.final_modulation(c)[:, None]), torch.zeros(2, 6, 8))
 
 
+@pytest.mark.parametrize("condition", [CLASSES, TEXT])
+def test_the_other_weights_begin_as_in_dit(condition: dict) -> None:
+    """N(0, 0.02) for time and classes, Xavier-uniform for the rest, biases zero."""
+    model = DiT(
+        GeneratorConfig.model_validate({**TINY, "condition": {**condition, **({"num_classes": 40} if condition is CLASSES else {})}})
+    )
+    zero = {"final_modulation", "to_output", *(f"blocks.{i}.{part}" for i in range(3) for part in ("modulation", "cross.out"))}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        assert not module.bias.any()
+        rows, columns = module.weight.shape
+        xavier = (6 / (rows + columns)) ** 0.5
+        if name in zero:
+            assert not module.weight.any()
+        elif name.startswith("time."):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        else:
+            assert module.weight.std().item() == pytest.approx(xavier / 3**0.5, rel=0.1) and module.weight.abs().max() <= xavier, name
+    table = model.classes.weight if model.classes is not None else model.null_tokens
+    assert table.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 # ------------------------------------------------------------------ the paper's description, written out
 
 

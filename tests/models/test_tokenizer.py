@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from texttok_cli.config.schema import Backbone, TokenizerConfig
-from texttok_cli.models.condition import Condition
+from texttok_cli.models.condition import Condition, ConditionedTransformer
 from texttok_cli.models.layers import ALL, Block
 from texttok_cli.models.tokenizer import TexTok, patchify, unpatchify
 
@@ -87,6 +87,35 @@ def test_nan_padding_leaves_gradients_finite(mode: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["in_context", "cross_attention", None])
+def test_both_halves_are_the_papers_description(mode: str | None) -> None:
+    """Sec. 3.2 step by step, all tokens through all blocks: the tokenizer keeps its image tokens, the detokenizer its patches."""
+    model = build({"source": "none"} if mode is None else {**TEXT, "mode": mode})
+    text = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
+
+    def vit(half: ConditionedTransformer, *tokens: torch.Tensor) -> torch.Tensor:
+        x, context = torch.cat(tokens, dim=1), None
+        if mode is not None:
+            context = text @ half.project.proj.weight.T + half.project.proj.bias
+        if mode == "in_context":
+            x, context = torch.cat([x, context], dim=1), None
+        for block in half.blocks:
+            x = block(x, None, context)
+        return torch.nn.functional.layer_norm(x, (32,), half.norm.weight, half.norm.bias)
+
+    x = images()
+    pixels = torch.nn.functional.unfold(x, 8, stride=8).mT  # (B, 16 patches row by row, 3*8*8)
+    patches = pixels @ model.patch_embed.weight.T + model.patch_embed.bias + model.patch_pos
+    out = vit(model.tokenizer, patches, model.latent_tokens.expand(2, -1, -1))[:, 16:20]
+    z = out @ model.bottleneck.proj.weight.T + model.bottleneck.proj.bias
+    latents = z @ model.latent_embed.weight.T + model.latent_embed.bias + model.latent_pos
+    out = vit(model.detokenizer, model.patch_tokens.expand(2, -1, -1), latents)[:, :16]
+    expected = torch.nn.functional.fold((out @ model.to_pixels.weight.T + model.to_pixels.bias).mT, 32, 8, stride=8)
+    output, found = model(x, None if mode is None else Condition(text))
+    torch.testing.assert_close(found.z, z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_no_mask_is_all_real() -> None:
     model = build(TEXT)
     tokens = torch.randn(2, 5, 16)
@@ -138,3 +167,24 @@ def test_scaled_init_starts_as_grey() -> None:
     torch.manual_seed(0)
     model = TexTok(TokenizerConfig.model_validate({**TINY, "backbone": {**TINY["backbone"], "init": "scaled"}}))
     assert torch.equal(model(images(), None)[0], torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("init", ["vit", "scaled"])
+def test_weights_begin_with_the_deviation_of_their_kind(init: str) -> None:
+    """N(0, 0.02), or scaled by the inputs and 0.5 for the tables; cut at three deviations."""
+    torch.manual_seed(0)
+    model = TexTok(TokenizerConfig.model_validate({**TINY, "condition": TEXT, "backbone": {**TINY["backbone"], "init": init}}))
+    tables = {
+        "patch_pos": model.patch_pos,
+        "latent_tokens": model.latent_tokens,
+        "latent_pos": model.latent_pos,
+        "patch_tokens": model.patch_tokens,
+    }
+    linears = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, weight in (tables | linears).items():
+        if init == "scaled" and (name == "to_pixels" or name.endswith((".out", "mlp.2"))):
+            assert not weight.any()
+            continue
+        std = 0.02 if init == "vit" else 0.5 if name in tables else weight.shape[1] ** -0.5
+        assert weight.std().item() == pytest.approx(std, rel=0.15), name
+        assert weight.abs().max() <= 3 * std and (weight.numel() < 500 or weight.abs().max() > 2.3 * std), name

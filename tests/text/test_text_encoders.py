@@ -7,6 +7,7 @@ from texttok_cli.assets import ASSETS, _in_package, resolve
 from texttok_cli.config.schema import TextEncoderConfig
 from texttok_cli.errors import BackendError
 from texttok_cli.text import TextEncoder, load_text_encoder
+from texttok_cli.text.base import pad
 
 HASH = TextEncoderConfig(kind="hash", dim=16, max_tokens=6)
 MINILM = TextEncoderConfig(kind="minilm")
@@ -46,6 +47,13 @@ def test_hash_truncates_and_counts() -> None:
 
 def test_a_batch_without_padding_has_no_mask() -> None:
     assert load_text_encoder(HASH)(["a b c d e", "f g h i j"]).mask is None
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 20), (20, 20)])
+def test_batches_are_padded_to_the_next_multiple_of_8_and_no_further_than_the_longest_text(longest: int, padded: int) -> None:
+    condition = pad([torch.ones(longest, 4), torch.ones(1, 4)], 20)
+    assert condition.tokens.shape == (2, padded, 4)
+    assert condition.tokens[0].sum() == 4 * longest and condition.tokens[1].sum() == 4
 
 
 # ---------------------------------------------------------------- MiniLM
