@@ -35,6 +35,7 @@ def test_bf16_halves_the_weights_and_keeps_the_statistics(models: Path, tmp_path
     save_tokenizer(tmp_path / "bf16.safetensors", model, training={}, dtype=torch.bfloat16)
     assert (tmp_path / "bf16.safetensors").stat().st_size < 0.6 * (models / "text.safetensors").stat().st_size
     again, _ = load_tokenizer_file(tmp_path / "bf16.safetensors")
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
     for name, value in model.state_dict().items():
         exact = name in ("latent_mean", "latent_std")
         assert torch.equal(again.state_dict()[name], value if exact else value.bfloat16().float())
@@ -101,7 +102,7 @@ def test_a_runs_model_is_called_as_its_run() -> None:
 def generator(models: Path, tmp_path: Path) -> Path:
     path = tmp_path / "g.safetensors"
     return save_tiny_generator(
-        path, models / "text.safetensors", BY_CLASS, class_counts=[1, 2, 3, 4], captions=["a cat", "a cat", "a rose"]
+        path, models / "text.safetensors", BY_CLASS, class_counts=[1, 2, 3, 4], captions=["a cat", "a cat", "A rose"]
     )
 
 
@@ -113,7 +114,7 @@ def test_a_generator_comes_back_as_it_was(generator: Path, models: Path) -> None
     assert (info.name, info.sha256) == ("g", sha256_file(generator))
     assert (header.tokenizer_name, header.tokenizer_sha256) == ("text", sha256_file(models / "text.safetensors"))
     assert (header.classes, header.class_counts) == (CLASSES, [1, 2, 3, 4])
-    assert info.train_captions.tolist() == sorted([caption_hash("a cat"), caption_hash("a rose")])
+    assert info.train_captions.tolist() == sorted([caption_hash("a cat"), caption_hash("A rose")])
     x, t, ids = torch.randn(2, 4, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 4])
     torch.manual_seed(0)
     fresh = DiT(header.model).eval()

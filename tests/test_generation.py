@@ -293,3 +293,9 @@ def test_labels_of_a_generator(load: Callable[..., Generator]) -> None:
         load("class-plain").labels("proportional", 8)
     with pytest.raises(DataError, match="give it prompts"):
         load("prompt").labels("equal", 8)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("class", {"classes": [0, 1, 2, 3]}), ("prompt", {"prompts": ["a", "b", "c d", "e"]})])
+def test_in_bf16_images_are_nearly_those_in_fp32(load: Callable[..., Generator], name: str, asked: dict[str, list]) -> None:
+    exact, rounded = (load(name, precision=precision).sample(**asked, **FAST).float() for precision in ("fp32", "bf16"))
+    assert 0 < (exact - rounded).abs().mean() < 3 < 20 < exact.std()

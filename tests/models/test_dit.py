@@ -74,6 +74,16 @@ def test_it_begins_as_the_identity(condition: dict) -> None:
     assert torch.equal(model.output(h, model.final_modulation(c)[:, None]), torch.zeros(2, 6, 8))
 
 
+def test_norms_have_the_epsilon_of_dit() -> None:
+    x = 1e-3 * normal(2, 6, 32)
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    model = build(TEXT)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 1 + 3 * 3
+    for norm in norms:
+        close(norm(x), expected)
+
+
 @pytest.mark.parametrize("condition", [CLASSES, TEXT])
 def test_the_other_weights_begin_as_in_dit(condition: dict) -> None:
     """N(0, 0.02) for time and classes, Xavier-uniform for the rest, biases zero."""

@@ -188,3 +188,18 @@ def test_weights_begin_with_the_deviation_of_their_kind(init: str) -> None:
         std = 0.02 if init == "vit" else 0.5 if name in tables else weight.shape[1] ** -0.5
         assert weight.std().item() == pytest.approx(std, rel=0.15), name
         assert weight.abs().max() <= 3 * std and (weight.numel() < 500 or weight.abs().max() > 2.3 * std), name
+
+
+@pytest.mark.parametrize("bottleneck", [{"kind": "continuous"}, {"kind": "vq", "codes": 16}])
+def test_what_training_of_the_detokenizer_alone_changes_is_what_decoding_depends_on(bottleneck: dict) -> None:
+    model = build(TEXT, bottleneck=bottleneck)
+    model.decode(torch.randn(2, 4, 8), Condition(torch.randn(2, 5, 16))).square().sum().backward()
+    decoding = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.freeze_tokenizer()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == decoding
+
+
+def test_a_bottleneck_has_the_weights_of_its_section() -> None:
+    vq = build(TEXT, bottleneck={"kind": "vq", "codes": 16, "commitment": 0.7, "weight": 3.0}).bottleneck
+    kl = build(TEXT, bottleneck={"kind": "kl", "weight": 0.3}).bottleneck
+    assert (len(vq.codebook), vq.commitment, vq.weight, kl.weight) == (16, 0.7, 3.0, 0.3)

@@ -1,13 +1,17 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from texttok_cli.assets import ASSETS, _in_package, resolve
 from texttok_cli.config.schema import TextEncoderConfig
 from texttok_cli.errors import BackendError
 from texttok_cli.text import TextEncoder, load_text_encoder
 from texttok_cli.text.base import pad
+from texttok_cli.text.transformer import TransformerEncoder
 
 HASH = TextEncoderConfig(kind="hash", dim=16, max_tokens=6)
 MINILM = TextEncoderConfig(kind="minilm")
@@ -54,6 +58,28 @@ def test_batches_are_padded_to_the_next_multiple_of_8_and_no_further_than_the_lo
     condition = pad([torch.ones(longest, 4), torch.ones(1, 4)], 20)
     assert condition.tokens.shape == (2, padded, 4)
     assert condition.tokens[0].sum() == 4 * longest and condition.tokens[1].sum() == 4
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def test_the_fingerprint_changes_with_weights_words_length_and_precision() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Embedding(3, 16)
+
+    def fingerprint(weights: torch.nn.Module, words: tuple[str, ...] = ("a", "b", "c"), **changes: object) -> str:
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+        config = HASH.model_copy(update=changes)
+        return TransformerEncoder(config, copy.deepcopy(weights), tokenizer, device="cpu", fixed_length=False, pad_id=0).fingerprint
+
+    assert fingerprint(network) == fingerprint(network)
+    others = [
+        fingerprint(torch.nn.Embedding(3, 16)),
+        fingerprint(network, ("a", "c", "b")),
+        fingerprint(network, max_tokens=7),
+        fingerprint(network, precision="bf16"),
+    ]
+    assert len({fingerprint(network), *others}) == 5
 
 
 # ---------------------------------------------------------------- MiniLM
