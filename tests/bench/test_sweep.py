@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_generator import BY_CLASS, BY_TEXT, save_tiny_generator
 
 from texttok_cli.baselines import SDVAE
@@ -16,6 +18,7 @@ from texttok_cli.bench.sweep import sweep
 from texttok_cli.bench.systems import OriginalDiT, TexTokSystem, open_system
 from texttok_cli.bench.tradeoff import Series, Setting, Spec
 from texttok_cli.config.schema import GeneratorConfig
+from texttok_cli.data import center_crop, to_tensor
 from texttok_cli.errors import DataError, TextTokError
 from texttok_cli.metrics.inception import Features
 from texttok_cli.models.dit import DiT
@@ -97,11 +100,34 @@ def test_every_point_is_measured_once_and_kept(
     assert again.points == first.points
 
 
-def test_a_point_of_other_samples_is_another_point(generator: Path, models: Path, references: Path, tmp_path: Path) -> None:
-    run(make_spec(generator, models), references, tmp_path / "out")
-    result, _ = run(make_spec(generator, models, images=6), references, tmp_path / "out")
+def test_a_point_of_other_samples_is_another_point(models: Path, references: Path, tmp_path: Path) -> None:
+    counted = save_tiny_generator(tmp_path / "gen.safetensors", models / "plain.safetensors", BY_CLASS, class_counts=[1, 1, 1, 9])
+    run(make_spec(counted, models), references, tmp_path / "out")
+    result, _ = run(make_spec(counted, models, images=6), references, tmp_path / "out")
     assert [p.images for p in result.points] == [6, 6]
     assert len(list((tmp_path / "out" / "points").iterdir())) == 4
+    first = make_spec(counted, models).series[0].model_dump(mode="json")
+    for changes in ({"seed": 1}, {"batch_size": 5}, {"series": [{**first, "labels": "proportional"}]}):
+        before = len(list((tmp_path / "out" / "points").iterdir()))
+        run(make_spec(counted, models, **changes), references, tmp_path / "out")
+        assert len(list((tmp_path / "out" / "points").iterdir())) == before + 2
+
+
+def test_the_fid_is_of_all_samples_against_the_references_at_the_samples_size(
+    generator: Path, models: Path, tmp_path: Path, draw: Draw
+) -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    for i in range(6):
+        draw(tmp_path / "refs" / f"{i}.png", seed=i, size=(100, 80))
+    result, _ = run(make_spec(generator, models), tmp_path / "refs", tmp_path / "out")
+    system, network = opened(make_spec(generator, models).series[0], seed=0), FakeInception(offline=True)
+    cropped = torch.stack([to_tensor(center_crop(Image.open(tmp_path / "refs" / f"{i}.png"), 32)) for i in range(6)])
+    for point in result.points:
+        samples = system.sample(Setting("A", point.steps, "ddim", "2"), range(5))
+        a, b = (network(images).pool.double().numpy() for images in (samples, cropped))
+        root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        assert point.fid == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +181,8 @@ def series(generator: Path | str, **changes: Any) -> Series:
     return Series.model_validate({"name": "A", "generator": str(generator), "steps": 2, "sampler": "ddim", "cfg": "2", **changes})
 
 
-def opened(given: Series, images: int = 5) -> systems.System:
-    return open_system(given, images=images, seed=7, device=CPU, precision="fp32", offline=True)
+def opened(given: Series, images: int = 5, seed: int = 7) -> systems.System:
+    return open_system(given, images=images, seed=seed, device=CPU, precision="fp32", offline=True)
 
 
 def check_batches_don_t_matter(system: systems.System) -> None:

@@ -8,14 +8,14 @@ import torch
 
 from texttok_cli.bench import machine, timing
 from texttok_cli.bench.machine import block_products, describe, products
-from texttok_cli.bench.timing import Timer, median_ratio, spread_of
+from texttok_cli.bench.timing import Spread, Timer, median_ratio, spread_of
 from texttok_cli.errors import BackendError
 
 
 def test_spread_is_median_and_quartiles() -> None:
     spread = spread_of([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (spread.low, spread.median, spread.high, spread.repeats) == (2.0, 3.0, 4.0, 5)
-    assert spread.scaled(10).high == 40
+    assert spread.scaled(10) == Spread(low=20.0, median=30.0, high=40.0, repeats=5)
     assert spread_of([7.0]).low == 7
 
 
@@ -48,6 +48,7 @@ def test_processor_time_of_several_threads_is_refused(monkeypatch: pytest.Monkey
 def test_a_ratio_is_taken_turn_by_turn() -> None:
     """A machine that slows down by 10 in the middle changes no ratio."""
     assert median_ratio([2.0, 20.0, 20.0], [1.0, 10.0, 10.0]) == 2.0
+    assert median_ratio([2.0, 90.0, 2.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0]) == 2.0  # nor does one bad turn
 
 
 def test_products_have_the_flops_of_a_block() -> None:

@@ -83,6 +83,9 @@ def test_a_point_has_the_median_batch_s_time_and_all_its_samples_are_scored() ->
     point = measure_point(SETTING, sample, score, Fixed(), images=7, batch_size=2)
     assert seen == list(range(7))
     assert (point.seconds_per_image, point.fid, point.images) == (2.0, 5.0, 7)
+    clock = iter([0.0, 4.0])
+    point = measure_point(SETTING, sample, score, Fixed(), images=4, batch_size=32)  # one batch, which is short
+    assert (point.seconds_per_image, point.images) == (1.0, 4)
 
 
 def test_points_are_kept_by_setting_and_identity(tmp_path: Path) -> None:
@@ -91,7 +94,13 @@ def test_points_are_kept_by_setting_and_identity(tmp_path: Path) -> None:
     assert store.load(SETTING, identity) is None
     store.save(SETTING, identity, point)
     assert store.load(SETTING, identity) == point
-    assert store.load(Setting("A", 11, "ddim", "1.5"), identity) is None
+    for other in (
+        Setting("B", 10, "ddim", "1.5"),
+        Setting("A", 11, "ddim", "1.5"),
+        Setting("A", 10, "ddpm", "1.5"),
+        Setting("A", 10, "ddim", "2"),
+    ):
+        assert store.load(other, identity) is None
     assert store.load(SETTING, {**identity, "images": 9}) is None
     store.path(SETTING, identity).write_text("{}")
     with pytest.raises(DataError, match="remove it to measure it again"):
@@ -115,10 +124,21 @@ def test_the_summary_is_against_the_best_setting_of_the_reference(tradeoff_resul
     assert summarize(result.model_copy(update={"reference": None})) is None
 
 
+def test_the_reference_s_best_setting_need_not_be_its_slowest_and_it_is_not_compared_with_itself(tradeoff_result: Make) -> None:
+    points = [("SD-VAE + DiT", 250, 20.0, 8.0), ("SD-VAE + DiT", 50, 4.0, 6.0), ("SD-VAE + DiT", 100, 8.0, 6.5)]
+    tokens = {"SD-VAE + DiT": 1024, "TexTok-32": 32}
+    summary = summarize(tradeoff_result(*points, ("TexTok-32", 50, 1.0, 6.0), ("TexTok-32", 99, 5.0, 3.0), tokens=tokens))
+    assert summary is not None and summary.speedup is not None and summary.gain is not None
+    assert (summary.speedup.value, summary.gain.value) == (4.0, 0.0)
+    worse = summarize(tradeoff_result(*points, ("TexTok-32", 50, 4.5, 7.0), tokens=tokens))
+    assert worse is not None and (worse.speedup, worse.gain) == (None, None)
+
+
 def test_text_s_gain_is_the_mean_over_numbers_of_tokens(tradeoff_result: Make) -> None:
     result = tradeoff_result(
         ("Baseline-32", 50, 1.0, 8.0),
         ("Baseline-32", 99, 1.0, 4.0),
+        ("Baseline-32", 250, 1.0, 5.0),
         ("TexTok-32", 50, 1.0, 3.0),  # 25 %, best against best
         ("Baseline-64", 50, 1.0, 2.0),
         ("TexTok-64", 50, 1.0, 1.0),  # 50 %

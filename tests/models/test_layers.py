@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from texttok_cli.config.schema import Backbone
 from texttok_cli.models import layers
-from texttok_cli.models.layers import attend, in_precision
+from texttok_cli.models.layers import Attention, CrossAttention, attend, exact_convolutions, in_precision
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -52,3 +53,42 @@ def test_linears_rounded_once_compute_what_autocast_does() -> None:
         after = in_precision(model, "bf16")(x)
     assert [model[i].weight.dtype for i in range(3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     assert torch.equal(before, after)
+
+
+def normalised(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """An RMSNorm over the last axis, in float32."""
+    return x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+
+
+@pytest.mark.parametrize("kind", [Attention, CrossAttention])
+def test_queries_and_keys_are_normalised_by_head_where_asked(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, heads, width = kind(Backbone(depth=1, width=32, heads=2, qk_norm=True)), 2, 16
+    with torch.no_grad():
+        module.norm_q.weight.uniform_(0.5, 3)
+        module.norm_k.weight.uniform_(0.5, 3)
+    x, other = 5 * torch.randn(2, 6, 32), torch.randn(2, 4, 32)
+    if isinstance(module, Attention):
+        q, k, v = module.qkv(x).chunk(3, dim=-1)
+        y = module(x, None)
+    else:
+        q, (k, v) = module.q(x), module.kv(other).chunk(2, dim=-1)
+        y = module(x, other, None)
+    q, k, v = (t.unflatten(-1, (heads, width)).transpose(1, 2) for t in (q, k, v))
+    scores = normalised(q, module.norm_q.weight) @ normalised(k, module.norm_k.weight).mT / width**0.5
+    expected = module.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_that_norm_is_in_float32_under_autocast() -> None:
+    norm = Attention(Backbone(depth=1, width=32, heads=2, qk_norm=True)).norm_q
+    x = torch.randn(2, 2, 6, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, normalised(x, norm.weight))
+
+
+def test_convolutions_that_measure_are_not_rounded() -> None:
+    with exact_convolutions():
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled

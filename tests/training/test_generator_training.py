@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from texttok_cli.checkpoint import caption_hash, load_generator_file
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data.latents import LatentBatch, LatentStore
+from texttok_cli.diffusion import build_process
 from texttok_cli.errors import DataError, RecipeError, TextTokError
 from texttok_cli.files import sha256_file
 from texttok_cli.models.condition import Condition
@@ -184,6 +186,92 @@ def test_the_step_is_the_loss_of_the_process_on_standardised_latents(recipe_file
     expected = (task.model(bars.sqrt() * x0 + (1 - bars).sqrt() * noise, t.float(), ids) - noise).square().mean()
     values = task.step(LatentBatch(z, torch.arange(4)), 0)
     assert float(values["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.fixture
+def make_task(recipe_file: RecipeFile, tmp_path: Path, store: Path) -> Callable[..., Any]:
+    """A task whose weights are away from their initial zeros, what gives conditions by index, and the latents."""
+
+    def make(condition: dict[str, Any], *overrides: str) -> tuple[GeneratorTask, Callable[..., dict[str, Any]], LatentStore]:
+        recipe = load_recipe(str(recipe_file(model={**TINY["model"], "condition": condition})), overrides)
+        latents = LatentStore.open([store], made_by=[sha256_file(Path(recipe.data.tokenizer))])
+        generator = torch.Generator().manual_seed(1)
+        ids, states = torch.arange(len(latents)) % 2, torch.randn(len(latents), 6, 16, generator=generator)
+
+        def known(indices: Sequence[int]) -> dict[str, Any]:
+            chosen = list(indices)
+            return {"cond": Condition(states[chosen])} if condition["source"] == "text" else {"class_ids": ids[chosen]}
+
+        task = GeneratorTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), known, latents.statistics)
+        with torch.no_grad():
+            for parameter in task.model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return task, known, latents
+
+    return make
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("condition", [TINY["model"]["condition"], TEXT], ids=["class", "text"])
+def test_a_step_has_the_whole_batchs_gradient_in_any_number_of_parts(make_task: Callable[..., Any], condition: dict, parts: int) -> None:
+    """Draws of (seed, step), each example's own condition, all losses, one clipping; then the average moves a tenth of the way."""
+    task, known, latents = make_task(condition, "training.seed=7", f"training.accumulate={parts}", "optimizer.grad_clip=0.01")
+    indices = torch.tensor([5, 2, 8, 3])
+    z, model = latents.z[indices].float(), deepcopy(task.model)
+    generator = torch.Generator().manual_seed(7 * 1_000_003 + 5)
+    t = torch.randint(1000, (4,), generator=generator)
+    noise, drop = torch.randn(4, 4, 8, generator=generator), torch.rand(4, generator=generator) < 0.5
+    assert 0 < drop.sum() < 4
+    given = known(indices.tolist())
+    given = {**given, "drop": drop} if "cond" in given else {"class_ids": torch.where(drop, 2, given["class_ids"])}
+    x0 = (z - torch.tensor(latents.statistics.mean)) / torch.tensor(latents.statistics.std)
+    losses = build_process(task.recipe.model.process).training_loss(lambda x, time: model(x, time, **given), x0, t, noise)
+    loss = losses["mse"].mean() + losses["vlb"].mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    before = {name: value.clone() for name, value in task.ema.items()}
+    values = task.step(LatentBatch(z, indices), 5)
+    assert float(values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert float(values["mse"]) == pytest.approx(float(losses["mse"].mean().detach()), rel=1e-4)
+    assert float(values["grad_norm"]) == pytest.approx(float(norm), rel=1e-3) and norm > 0.01
+    for name, parameter in task.model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name] * 0.01 / norm, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(task.ema[name], 0.9 * before[name] + 0.1 * parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_average(make_task: Callable[..., Any]) -> None:
+    task, _, latents = make_task(TINY["model"]["condition"])
+    before = {name: value.clone() for name, value in task.state().items() if not name.startswith("guard.")}
+    values = task.step(LatentBatch(torch.full_like(latents.z[:4].float(), torch.nan), torch.arange(4)), 0)
+    assert int(values["skipped_steps"]) == 1
+    assert all(torch.equal(task.state()[name], value) for name, value in before.items())
+
+
+def test_validation_is_the_mean_over_images_at_the_same_times_and_noise(make_task: Callable[..., Any]) -> None:
+    task, known, latents = make_task(TINY["model"]["condition"])
+    batches = [LatentBatch(latents.z[i].float(), i) for i in (torch.tensor([0, 3, 6]), torch.tensor([1]))]
+    model, generator, expected = task.averaged(), torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for batch in batches:
+            x0 = (batch.z - torch.tensor(latents.statistics.mean)) / torch.tensor(latents.statistics.std)
+            t, given = torch.randint(1000, (len(x0),), generator=generator), known(batch.indices.tolist())
+            noise, process = torch.randn(x0.shape, generator=generator), build_process(task.recipe.model.process)
+            expected.append(process.training_loss(lambda x, time, given=given: model(x, time, **given), x0, t, noise))
+    for _ in range(2):
+        found = task.validate(model, known, batches)
+        assert found.keys() == {"val_mse", "val_vlb"}
+        for name in ("mse", "vlb"):
+            assert found[f"val_{name}"] == pytest.approx(float(torch.cat([losses[name] for losses in expected]).mean()), rel=1e-4)
+
+
+def test_weights_begin_with_the_seed_and_the_average_with_them(make_task: Callable[..., Any]) -> None:
+    tasks = [make_task(TINY["model"]["condition"], f"training.seed={seed}")[0] for seed in (1, 1, 2)]
+    begun = [task.ema["embed.weight"] for task in tasks]
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
 
 
 @pytest.mark.parametrize("condition", [{"source": "class", "num_classes": 2, "dropout": 1.0}, {**TEXT, "dropout": 1.0}])
