@@ -12,7 +12,7 @@ from torch import nn
 from texttok_cli.bench import generate, latency, subjects, task, training
 from texttok_cli.bench.latency import PARTS, Part, sums
 from texttok_cli.bench.plain import plain_reconstruct
-from texttok_cli.bench.results import Row
+from texttok_cli.bench.results import Row, Target
 from texttok_cli.bench.subjects import (
     DoesNotFit,
     Where,
@@ -174,7 +174,7 @@ def test_the_paper_s_columns_are_sums_of_their_parts() -> None:
         measured("encode", "TexTok-32", 2.0),
         measured("encode", "Baseline-32", 2.5),
         measured("encode", "SD-VAE-f8", 8.0),
-        measured("decode", "TexTok-32", 4.0, times=2),
+        measured("decode", "TexTok-32", 4.0, times=2.5),
         measured("decode", "Baseline-32", 3.0),
         measured("decode", "TexTok-64", 4.0),
         measured("generate", "TexTok-32 + DiT-L", 10.0, steps=50, times=25),
@@ -189,6 +189,7 @@ def test_the_paper_s_columns_are_sums_of_their_parts() -> None:
         ("generation", "TexTok-32 + DiT-L"): 15.0,
         ("generation", "Baseline-32 + DiT-L"): 13.0,
     }
+    assert found["tokenization", "TexTok-32"].times == 2.5  # the largest of its parts
     row = found["generation", "TexTok-32 + DiT-L"]
     assert (row.note, row.times, row.steps, row.seconds_per_image) == ("sum of the medians of generate + decode + text", 25, 50, 7.5)
 
@@ -242,3 +243,49 @@ def test_sd_vae_has_its_size_and_shapes() -> None:
 
     assert weights_bytes(untrained_sd_vae, 1) == pytest.approx(83.65e6, rel=0.001)  # 84 M, Table 2
     assert generate.sd_vae_work("decode", 64, CPU)(1)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_each_half_is_timed_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(TexTok, name, lambda *_, name=name: ran.append(name))
+        list(latency._texttok(make_task(batches=[1]), name, "TexTok", 4, 256))
+    assert ran == ["encode", "decode"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_guided_forward_has_every_sample_under_its_class_and_under_the_null_class() -> None:
+    given: list[torch.Tensor] = []
+    dit = generate.untrained_dit(generate.generator_config("L", 4), CPU)
+    dit.forward = lambda x, t, ids: given.extend((x, ids))  # type: ignore[assignment, func-returns-value]
+    generate.guided_forward(dit, 3, CPU)()
+    assert len(given[0]) == 6 and given[1].tolist() == [0, 1, 2, 1000, 1000, 1000]
+
+
+def test_a_part_of_a_training_batch_stands_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "MAX_CPU_ROWS", 200)  # two images of 96 rows
+    once, ran = Timer(warm_up=0, repeats=1), []
+    monkeypatch.setattr(once, "once", lambda work: 1.0)
+    given = Row(part="train", system="a recipe")
+
+    def steps(name: str, batch: int, folder: object, where: Where) -> tuple[object, object]:
+        ran.append((name, batch))
+        return (None, None)
+
+    [row] = training._rows(make_task(batches=[8], timer=once), given, 96, lambda batch: 0.0, steps)  # type: ignore[arg-type]
+    assert ran == [("a recipe", 2)] and row.seconds is not None
+    assert (row.seconds.median, row.times, row.seconds_per_image) == (4.0, 4.0, 0.5)
+
+
+def test_a_target_is_met_on_its_side_of_each_bound() -> None:
+    cases = [
+        (0.7, None, 0.7, True),
+        (0.7, None, 0.6, False),
+        (None, 10, 10, True),
+        (None, 10, 11, False),
+        (None, None, 1, None),
+        (1, 2, None, None),
+    ]
+    for least, most, reached, met in cases:
+        assert Target(name="x", least=least, most=most, reached=reached).met is met

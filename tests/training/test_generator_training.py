@@ -235,6 +235,11 @@ def test_a_step_has_the_whole_batchs_gradient_in_any_number_of_parts(make_task: 
     assert float(values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert float(values["mse"]) == pytest.approx(float(losses["mse"].mean().detach()), rel=1e-4)
     assert float(values["grad_norm"]) == pytest.approx(float(norm), rel=1e-3) and norm > 0.01
+    variance, expected = (
+        task.model.to_output.weight.grad[8:],
+        gradients["to_output.weight"][8:] * 0.01 / norm,
+    )  # far smaller than the others
+    torch.testing.assert_close(variance / expected.norm(), expected / expected.norm(), rtol=1e-2, atol=1e-3)
     for name, parameter in task.model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name] * 0.01 / norm, rtol=1e-2, atol=1e-6)
