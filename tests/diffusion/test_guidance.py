@@ -17,6 +17,7 @@ from texttok_cli.errors import RecipeError
         ("3.8:power-cosine=4", Guidance(3.8, power=4)),
         ("1.8:interval=0,0.7", Guidance(1.8, interval=(0, 0.7))),
         ("6.7:power-cosine=2.5:interval=0.11,1", Guidance(6.7, power=2.5, interval=(0.11, 1))),
+        ("1.5:channels=3", Guidance(1.5, channels=3)),
     ],
 )
 def test_text_and_back(text: str, guidance: Guidance) -> None:
@@ -39,6 +40,8 @@ def test_text_and_back(text: str, guidance: Guidance) -> None:
         ("2:interval=0.5", "is not understood"),
         ("2:interval=0.7,0.1", "increasing numbers between 0 and 1"),
         ("2:interval=0,1.5", "increasing numbers between 0 and 1"),
+        ("2:channels=0", "a count of at least 1"),
+        ("2:channels=1.5", "a count of at least 1"),
     ],
 )
 def test_bad_text_is_one_line(text: str, what: str) -> None:

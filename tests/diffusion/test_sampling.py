@@ -71,6 +71,23 @@ def test_one_step_written_out(kind: str) -> None:
     torch.testing.assert_close(draw(model, steps=1), 0.5 + 2 * x0, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("latents", [{"kind": "tokens", "num_tokens": 6, "latent_dim": 4}, {"kind": "grid", "size": 4}])
+def test_guidance_of_the_first_channels_leaves_the_others_conditional(latents: dict) -> None:
+    """As the original DiT's forward_with_cfg, which guides three of its four."""
+    model = build(latents=latents)
+    noise = SampleRng([7, 8, 9, 10]).normal(model.latent_shape)
+    axis = 1 if noise.ndim == 4 else 2
+    schedule = build_process(model.cfg.process).schedule(1)
+    with torch.no_grad():
+        c, u = (model(noise, torch.full((4,), 999.0), ids).chunk(2, axis)[0].unbind(axis) for ids in (IDS, torch.full((4,), 5)))
+    prediction = torch.stack([*(a + 1.5 * (b - a) for a, b in zip(u[:3], c[:3], strict=True)), c[3]], axis)
+    x0 = (noise - schedule.sigmas[0] * prediction) / schedule.alphas[0]
+    torch.testing.assert_close(draw(model, steps=1, cfg="1.5:channels=3"), 0.5 + 2 * x0, rtol=1e-4, atol=1e-3)
+    assert torch.equal(draw(model, steps=1, cfg="1.5:channels=4"), draw(model, steps=1, cfg="1.5"))
+    with pytest.raises(RecipeError, match="guidance: channels=5, but the model's latents have 4"):
+        draw(model, cfg="1.5:channels=5")
+
+
 def test_the_variance_is_the_conditional_one() -> None:
     """Two steps: at the first the conditional variance sets how much noise comes back."""
     model = build()

@@ -1,6 +1,6 @@
 """The original DiT's public checkpoints (Peebles & Xie, 2023) in our class, for the paper's comparison with it.
 
-Their own sampling guides the first three of the four channels; ours guides all (see RECIPES: "all d channels").
+Their published samples are guided on the first three of the four channels: `channels=3` of a cfg.
 """
 
 from __future__ import annotations

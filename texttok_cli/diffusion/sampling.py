@@ -81,7 +81,7 @@ def sample(
         guided = any(weight != 1 for weight in weights)
         network = dit.prepare(times, class_ids, cond, null=guided and guide is None)
         other = guide.prepare(times, class_ids, cond, null=False) if guide is not None and guided else None
-        denoise = _denoiser(network, other, process, schedule, weights)
+        denoise = _denoiser(network, other, process, schedule, weights, how.guidance.channels)
         x = SAMPLERS[how.sampler](denoise, rng.normal(dit.latent_shape), schedule, rng)
     return dit.destandardize(x)
 
@@ -90,7 +90,7 @@ def plan_sampling(cfg: GeneratorConfig, how: Sampling, *, by_null: bool) -> tupl
     """The model's process, its schedule and the guidance's weight at each step.
 
     Raises RecipeError for a sampler that isn't the process's, a number of steps it can't take, and guidance by the null condition
-    of a model that never saw it.
+    of a model that never saw it, or of more channels than there are.
     """
     kind = cfg.process.kind
     if how.sampler not in FITTING[kind]:
@@ -100,10 +100,14 @@ def plan_sampling(cfg: GeneratorConfig, how: Sampling, *, by_null: bool) -> tupl
     weights = [how.guidance.weight(fraction) for fraction in schedule.fractions]
     if by_null and cfg.condition.dropout == 0 and any(weight != 1 for weight in weights):
         raise RecipeError("guidance: the model never saw the null condition (its condition.dropout is 0); sample with cfg 1, or a guide")
+    if (how.guidance.channels or 0) > cfg.latents.channels:
+        raise RecipeError(f"guidance: channels={how.guidance.channels}, but the model's latents have {cfg.latents.channels}")
     return process, schedule, weights
 
 
-def _denoiser(network: Prepared, other: Prepared | None, process: Process, schedule: Schedule, weights: Sequence[float]) -> Denoiser:
+def _denoiser(
+    network: Prepared, other: Prepared | None, process: Process, schedule: Schedule, weights: Sequence[float], channels: int | None
+) -> Denoiser:
     """The guided network as what samplers call. Where the weight is 1 only the conditional pass runs."""
 
     def denoise(x: Tensor, i: int) -> Denoised:
@@ -116,7 +120,11 @@ def _denoiser(network: Prepared, other: Prepared | None, process: Process, sched
             output, reference = network(x, i).float(), other(x, i).float()
         prediction, variance = split_output(output, x)  # the variance stays the conditional one
         baseline, _ = split_output(reference, x)
-        return process.denoised(baseline + weight * (prediction - baseline), variance, x, schedule, i)
+        guided = baseline + weight * (prediction - baseline)
+        if channels is not None:
+            axis = 1 if x.ndim == 4 else -1  # (B, d, S, S) or (B, N, d)
+            guided = torch.cat([guided.narrow(axis, 0, channels), prediction.narrow(axis, channels, x.shape[axis] - channels)], axis)
+        return process.denoised(guided, variance, x, schedule, i)
 
     return denoise
 
