@@ -234,6 +234,7 @@ def test_the_protocols_name_metrics_that_fit() -> None:
     for protocol in PROTOCOLS.values():
         for name in protocol.metrics:
             assert not (METRICS[name].reconstruction and protocol.task == "generation"), name
+    assert {"lpips-vgg", "lpips-alex"} <= set(PROTOCOLS["recon"].metrics)  # the paper does not say which its LPIPS is
 
 
 @pytest.mark.parametrize("name", ["stlpips-alex", "stlpips-vgg"])

@@ -25,8 +25,9 @@ class Protocol:
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
-    # Sec. 4.1: 50K samples of the *training* set against their reconstructions; others take the validation set.
-    "recon": Protocol(("rfid", "ris", "psnr", "ssim", "lpips-vgg"), "reconstruction", "train", None),
+    # Sec. 4.1: 50K samples of the *training* set against their reconstructions; others take the validation set. The paper does
+    # not say whose network its LPIPS has: both are measured, and neither is said to be its number.
+    "recon": Protocol(("rfid", "ris", "psnr", "ssim", "lpips-vgg", "lpips-alex"), "reconstruction", "train", None),
     # Sec. 4.1: ADM's suite; the reference is VIRTUAL_imagenet{256_labeled,512}.npz. The paper does not say how labels are
     # drawn: equally many of each class, as most do since, is [I].
     "adm-class": Protocol(
