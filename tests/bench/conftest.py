@@ -26,11 +26,11 @@ MACHINE = Machine(
 
 @pytest.fixture
 def tradeoff_result() -> Callable[..., TradeoffResult]:
-    """A sweep of two systems: (series, steps, seconds, fid) each; the first series is the reference unless said otherwise."""
+    """A sweep of two systems: (series, steps, seconds, fid) each, at one `cfg`; the first series is the reference unless said otherwise."""
 
-    def make(*points: tuple[str, int, float, float], tokens: dict[str, int], **changes: Any) -> TradeoffResult:
+    def make(*points: tuple[str, int, float, float], tokens: dict[str, int], cfg: str = "1.5", **changes: Any) -> TradeoffResult:
         found = [
-            PointResult(series=name, steps=steps, sampler="ddim", cfg="1.5", seconds_per_image=seconds, fid=fid, images=8)
+            PointResult(series=name, steps=steps, sampler="ddim", cfg=cfg, seconds_per_image=seconds, fid=fid, images=8)
             for name, steps, seconds, fid in points
         ]
         whole = {

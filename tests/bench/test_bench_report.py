@@ -59,6 +59,16 @@ def test_the_paper_stands_beside_ours_in_a_column_of_its_own(sweep: TradeoffResu
     assert gain[1].startswith("25 % (A, 100 steps") and gain[2] == "34.0 % (256 px), 46.7 % (512 px)"
 
 
+@pytest.mark.parametrize(
+    ("cfg", "said", "theirs"), [("1", "no guidance", "16.3 % (256 px), 34.3 % (512 px)"), ("2", "guided ones too", "-")]
+)
+def test_the_paper_s_gain_from_text_stands_beside_an_unguided_one_alone(cfg: str, said: str, theirs: str, tradeoff_result: Make) -> None:
+    tokens = {"Baseline-32": 32, "TexTok-32": 32}
+    result = tradeoff_result(("Baseline-32", 5, 1.0, 4.0), ("TexTok-32", 5, 1.0, 3.0), tokens=tokens, cfg=cfg, reference=None)
+    [[name, ours, beside]] = tradeoff_tables(result)[1].rows
+    assert name.startswith("mean gain in FID from text") and name.endswith(said) and (ours, beside) == ("25.0 %", theirs)
+
+
 def test_a_reference_that_nobody_reaches_is_said(tradeoff_result: Make) -> None:
     _, follows = tradeoff_tables(tradeoff_result(("B", 50, 0.1, 1.0), ("A", 50, 0.5, 5.0), tokens={"B": 256, "A": 32}))
     assert [row[1] for row in follows.rows] == ["no setting reaches it"] * 2

@@ -8,7 +8,7 @@ import torch
 
 from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
-from texttok_cli.bench.tradeoff import PointStore, Series, Setting, load_spec, measure_point, settings, summarize, text_gain
+from texttok_cli.bench.tradeoff import PointStore, Series, Setting, TextGain, load_spec, measure_point, settings, summarize, text_gain
 from texttok_cli.errors import DataError, RecipeError
 
 Make = Callable[..., TradeoffResult]
@@ -144,9 +144,22 @@ def test_text_s_gain_is_the_mean_over_numbers_of_tokens(tradeoff_result: Make) -
         ("TexTok-64", 50, 1.0, 1.0),  # 50 %
         ("TexTok-128", 50, 1.0, 0.5),  # has no twin
         tokens={"Baseline-32": 32, "TexTok-32": 32, "Baseline-64": 64, "TexTok-64": 64, "TexTok-128": 128},
+        cfg="1",
     )
-    assert text_gain(result) == pytest.approx(37.5)
+    assert text_gain(result) == TextGain(37.5, guided=False)
     assert text_gain(tradeoff_result(("TexTok-32", 5, 1.0, 3.0), tokens={"TexTok-32": 32})) is None
+
+
+def test_text_s_gain_leaves_guidance_out_where_it_can(tradeoff_result: Make) -> None:
+    """The paper's is of Table 1, which has none."""
+    tokens = {"Baseline-32": 32, "TexTok-32": 32}
+    guided = tradeoff_result(("Baseline-32", 50, 1.0, 4.0), ("TexTok-32", 50, 1.0, 1.0), tokens=tokens, cfg="2:power-cosine=4")
+    plain = tradeoff_result(("Baseline-32", 50, 1.0, 8.0), ("TexTok-32", 50, 1.0, 6.0), tokens=tokens, cfg="1")
+    both = guided.model_copy(update={"points": [*guided.points, *plain.points]})
+    assert text_gain(guided) == TextGain(75, guided=True)
+    assert text_gain(both) == text_gain(plain) == TextGain(25, guided=False)
+    half = guided.model_copy(update={"points": [*guided.points, plain.points[0]]})  # the other has no point without guidance
+    assert text_gain(half) == TextGain(75, guided=True)
 
 
 def test_a_series_needs_settings() -> None:

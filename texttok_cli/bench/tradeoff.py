@@ -192,18 +192,32 @@ def summarize(result: TradeoffResult) -> Summary | None:
     return Summary(speedup_at_equal_fid(others, best(reference)), gain_at_equal_time(others, best(reference)))
 
 
-def best_by_tokens(result: TradeoffResult, names: Sequence[str]) -> dict[int, float]:
-    """Least FID of these series by number of tokens: what `mean_gain` compares (Sec. 4.3)."""
+@dataclass(frozen=True, slots=True)
+class TextGain:
+    """Mean relative gain in FID, in percent, by number of tokens; `guided` if guidance may be in it, as it is not in the paper's."""
+
+    value: float
+    guided: bool
+
+
+def text_gain(result: TradeoffResult) -> TextGain | None:
+    """Of the series named TexTok... over those named Baseline..., best against best.
+
+    Without guidance, as the paper's is of Table 1; of all settings only where no pair has points without.
+    """
+    unguided = [point for point in result.points if point.cfg.partition(":")[0] == "1"]  # as `settings` writes it
+    for points in (unguided, result.points):
+        before, after = (_best_by_tokens(result, points, kinds) for kinds in (("baseline",), ("textok", "texttok")))
+        if before.keys() & after.keys():
+            return TextGain(mean_gain(before, after), guided=points is not unguided)
+    return None
+
+
+def _best_by_tokens(result: TradeoffResult, points: Sequence[PointResult], kinds: tuple[str, ...]) -> dict[int, float]:
+    """Least FID by number of tokens of the series whose names begin so: what `mean_gain` compares (Sec. 4.3)."""
     found: dict[int, float] = {}
-    for name in names:
-        for point in curve(result, name):
-            tokens = result.tokens[name]
+    for point in points:
+        if point.series.lower().startswith(kinds):
+            tokens = result.tokens[point.series]
             found[tokens] = min(found.get(tokens, point.fid), point.fid)
     return found
-
-
-def text_gain(result: TradeoffResult) -> float | None:
-    """Mean relative gain in FID, in percent, of the series named TexTok... over those named Baseline..., by number of tokens."""
-    kinds = (("baseline",), ("textok", "texttok"))
-    before, after = (best_by_tokens(result, [name for name in result.tokens if name.lower().startswith(kind)]) for kind in kinds)
-    return mean_gain(before, after) if before.keys() & after.keys() else None
