@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from texttok_cli import Generator, load_generator
 from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
-from texttok_cli.data.labels import find_class, spread_labels
+from texttok_cli.data.labels import draw_label, find_class, spread_labels
 from texttok_cli.diffusion import Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TextTokError
 from texttok_cli.models.condition import Condition
@@ -286,13 +287,22 @@ def test_labels_are_spread_by_weight_and_evenly(weights: list[int], n: int) -> N
         assert labels[: len(weights)] == list(range(len(weights)))[:n]
 
 
+def test_drawn_labels_are_uniform_and_of_the_seed_alone() -> None:
+    counts = Counter(draw_label(10, seed) for seed in range(10_000))
+    assert set(counts) == set(range(10)) and all(abs(count - 1000) < 4 * 30 for count in counts.values())  # 4 standard deviations
+    assert [draw_label(1000, seed) for seed in range(4)] == [115, 323, 847, 594]
+
+
 def test_labels_of_a_generator(load: Callable[..., Generator]) -> None:
-    assert load("class").labels("equal", 8) == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert sorted(load("class").labels("proportional", 8)) == [0, 1, 2, 2, 3, 3, 3, 3]
+    eight = range(5, 13)
+    assert load("class").labels("equal", eight) == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert sorted(load("class").labels("proportional", eight)) == [0, 1, 2, 2, 3, 3, 3, 3]
+    drawn = load("class").labels("random", eight)
+    assert drawn == [load("class").labels("random", [seed])[0] for seed in eight] == [draw_label(4, seed) for seed in eight]
     with pytest.raises(DataError, match="use --labels equal"):
-        load("class-plain").labels("proportional", 8)
+        load("class-plain").labels("proportional", eight)
     with pytest.raises(DataError, match="give it prompts"):
-        load("prompt").labels("equal", 8)
+        load("prompt").labels("equal", eight)
 
 
 @pytest.mark.parametrize(("name", "asked"), [("class", {"classes": [0, 1, 2, 3]}), ("prompt", {"prompts": ["a", "b", "c d", "e"]})])

@@ -21,7 +21,7 @@ from torch import Tensor
 from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
-from texttok_cli.data.labels import class_text, find_class, spread_labels
+from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
@@ -146,19 +146,21 @@ class Generator:
         # The detokenizer reads the same texts: their embeddings are in the cache that both share.
         return self.tokenizer.decode(z, None if self.tokenizer.text_condition is None else texts)
 
-    def labels(self, rule: Literal["equal", "proportional"], n: int) -> list[int]:
-        """n class ids, the same number of each class or in proportion to its training images; see `spread_labels`.
+    def labels(self, rule: Literal["equal", "proportional", "random"], seeds: Sequence[int]) -> list[int]:
+        """A class id for each seed: of each class the same number, or in proportion to its training images, or drawn by the seed.
 
         DataError for a text model, and for a file that does not say how many images its classes had.
         """
         if self.num_classes is None:
             raise DataError(f"{self.info.name}: is a text-to-image model: give it prompts, not labels")
+        if rule == "random":
+            return [draw_label(self.num_classes, seed) for seed in seeds]
         if rule == "equal":
-            return spread_labels([1] * self.num_classes, n)
+            return spread_labels([1] * self.num_classes, len(seeds))
         counts = self.info.header.class_counts
         if counts is None:
             raise DataError(f"{self.info.name}: its file does not say how many training images each class had: use --labels equal")
-        return spread_labels(counts, n)
+        return spread_labels(counts, len(seeds))
 
     def class_id(self, asked: str | int) -> int:
         """Of a name or an id. DataError for an unknown or ambiguous one, and for a text model."""

@@ -283,6 +283,16 @@ def test_listed_classes_are_not_called_equally_many(texttok: Run, samples: Path,
     assert unknown.code == 0 and "gfid: how labels were drawn is not known for any of these samples" in unknown.err
 
 
+def test_labels_at_random_are_not_the_protocol_s(texttok: Run, fake: None, tmp_path: Path) -> None:
+    """They are ADM's and DiT's, and give another number."""
+    statistics = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(DIM), "sigma_s": np.eye(DIM)}
+    np.savez(tmp_path / "VIRTUAL_imagenet.npz", **statistics)
+    options = ("eval", "--protocol", "adm-class", "--metric", "gfid", "--ref", tmp_path / "VIRTUAL_imagenet.npz", "--samples")
+    drawn, equal = (texttok(*options, run_of(tmp_path / rule, [0, 1, 1, 3], labels=rule)) for rule in ("random", "equal"))
+    assert "labels: drawn at random, each class as likely; protocol adm-class has: equally many a class" in drawn.err
+    assert "labels" not in equal.err
+
+
 def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
     run = SampleFolder(tmp_path / "run", 2, {"format": "png", "images": 2, "precision": "fp32", **MADE_BY})
     run.add(range(2), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))

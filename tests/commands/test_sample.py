@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from PIL import Image
 from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 
 from texttok_cli.commands import sample_folder
-from texttok_cli.commands.sample import sample
+from texttok_cli.commands.eval_run import LABELS
+from texttok_cli.commands.sample import Labels, sample
 from texttok_cli.data import open_dataset
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator
@@ -134,6 +135,21 @@ def test_npz_as_adm_reads_it(by_class: Run, tmp_path: Path) -> None:
     assert lines(tmp_path / "npz")[0]["labels"] == "proportional"
     again = by_class(*args, "--format", "npz", "-o", tmp_path / "npz", "--json")
     assert again.code == 0 and json.loads(again.out)["already_there"] == 8
+
+
+def test_labels_at_random_are_of_the_seeds_alone(by_class: Run, tmp_path: Path) -> None:
+    """So a run goes on, is made larger, or is made in other batches without any image changing its class."""
+    args = ("--labels", "random")
+    assert by_class(*args, "-n", "9", "-o", tmp_path / "nine").code == 0
+    assert by_class(*args, "-n", "3", "-b", "2", "--seed", "6", "-o", tmp_path / "last").code == 0
+    whole, last = lines(tmp_path / "nine"), lines(tmp_path / "last")
+    assert [row["class_id"] for row in whole[6:]] == [row["class_id"] for row in last] and whole[0]["labels"] == "random"
+    assert len({row["class_id"] for row in whole}) > 1
+    assert near(pixels(tmp_path / "nine")[6:], pixels(tmp_path / "last"))
+
+
+def test_every_rule_for_labels_has_its_words_on_the_card() -> None:
+    assert set(get_args(Labels)) == set(LABELS)
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException) -> None:

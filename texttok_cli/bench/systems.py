@@ -88,7 +88,7 @@ def _requests(generator: Generator, series: Series, seeds: range) -> list[Reques
     if generator.num_classes is not None:
         if series.prompts is not None:
             raise DataError(f"{series.name}: {series.generator} is a class model: leave out prompts")
-        return generator.requests(classes=generator.labels(series.labels, len(seeds)), seeds=seeds)
+        return generator.requests(classes=generator.labels(series.labels, seeds), seeds=seeds)
     if series.prompts is None:
         raise DataError(f"{series.name}: {series.generator} is a text-to-image model: name a file of prompts")
     prompts = read_prompts(series.prompts)
@@ -101,7 +101,7 @@ class OriginalDiT:
     """A public checkpoint of DiT/2 and SD-VAE (`tokenizer`: baseline:sd-vae or baseline:sd-vae=FOLDER), in the sweep's precision."""
 
     def __init__(self, series: Series, *, images: int, seed: int, device: torch.device, precision: Precision, offline: bool) -> None:
-        given = {"labels: proportional": series.labels != "equal", "captions": series.captions, "prompts": series.prompts}
+        given = {f"labels: {series.labels}": series.labels != "equal", "captions": series.captions, "prompts": series.prompts}
         unknown = [key for key, value in given.items() if value]
         if unknown:
             raise DataError(f"{series.name}: the original DiT takes classes, the same number of each: leave out {', '.join(unknown)}")

@@ -41,7 +41,7 @@ class Series(Config):
         None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
     )
     captions: Path | None = None  # class models: unseen captions instead of those beside the generator's file
-    labels: Literal["equal", "proportional"] = "equal"  # class models: as `texttok sample --labels`
+    labels: Literal["equal", "proportional", "random"] = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
     steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
     sampler: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]

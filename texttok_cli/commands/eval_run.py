@@ -14,7 +14,11 @@ from texttok_cli.errors import DataError
 
 RUN_SETTINGS, RUN_LINES = "settings.json", "samples.jsonl"
 INSIDE = {"png": (RUN_LINES, "images"), "npz": ("samples.npz",)}  # what holds all images of a run, the first as the folder itself
-LABELS = {"equal": "equally many a class", "proportional": "in proportion to the training images of a class"}
+LABELS = {
+    "equal": "equally many a class",
+    "proportional": "in proportion to the training images of a class",
+    "random": "drawn at random, each class as likely",
+}
 
 
 @dataclass(frozen=True)

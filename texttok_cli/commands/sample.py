@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from texttok_cli.generation import Generator, Request
     from texttok_cli.metrics.processes import Processes
 
-Labels = Literal["equal", "proportional"]
+Labels = Literal["equal", "proportional", "random"]
 GRID_COLUMNS = 8  # at most twice as many, if each class or prompt has a row of its own
 
 
@@ -35,7 +35,7 @@ def sample(
     ] = None,
     labels: Annotated[
         Labels | None,
-        typer.Option(help="Sample all classes: the same number per class, or proportional to its training images. -n is then the total."),
+        typer.Option(help="Sample all classes: equally many, in proportion to training images, or drawn by the seeds. -n is the total."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="Images of each class or prompt; with --labels of all classes together.")] = 1,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
@@ -147,8 +147,8 @@ def _requests(
 ) -> list[Request]:
     """All images of the run in their order."""
     if labels is not None:
-        ids = generator.labels(labels, number)
-        return generator.requests(classes=ids, seeds=range(seed, seed + number))
+        seeds = range(seed, seed + number)
+        return generator.requests(classes=generator.labels(labels, seeds), seeds=seeds)
     conditions = [condition for condition in classes or prompts or [] for _ in range(number)]
     seeds = range(seed, seed + len(conditions))
     if classes:

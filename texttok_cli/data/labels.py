@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -43,6 +44,12 @@ def spread_labels(weights: Sequence[int], n: int) -> list[int]:
     for i in by_remainder[: n - sum(counts)]:
         counts[i] += 1
     return [i for _, i in sorted(((k + 0.5) / count, i) for i, count in enumerate(counts) for k in range(count))]
+
+
+def draw_label(num_classes: int, seed: int) -> int:
+    """The class id of the image with this seed, each class as likely: the same however many images there are, as ADM and DiT draw them."""
+    digest = hashlib.sha256(f"class of {seed}".encode()).digest()  # apart from what else is drawn by the seed: the noise, a caption
+    return int.from_bytes(digest[:8], "big") % num_classes
 
 
 def class_text(class_name: str, template: str = CLASS_TEXT) -> str:
