@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from texttok_cli.commands.eval_pairs import by_number, check_pairs, match_by_name
 from texttok_cli.commands.eval_run import SampleRun, sample_run
 from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
@@ -190,13 +189,13 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
         reference = read_npz_reference(Path(ref))
         subject.references, subject.given = reference.images, reference.given
     elif ref is not None:
-        subject.references = FileImages(_matched(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
+        subject.references = FileImages(match_by_name(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
     if subject.given:
         card["reference_sha256"] = sha256_file(Path(str(ref)))
     elif subject.references is not None:
         card["reference_sha256"] = subject.references.identity()
     if paired:
-        _check_pairs(subject, ref)
+        check_pairs(subject.samples, subject.references, ref)
     return subject
 
 
@@ -214,48 +213,13 @@ def _stored(
         texts = _captions_of_npz(found, captions, run.captions) if compared else None
     else:
         opened = open_dataset([run.samples], captions=captions, caption_field=caption_field)
-        dataset = _numbered(opened) if numbered else opened
+        dataset = by_number(opened) if numbered else opened
         found = FileImages(dataset)
         classes = [item.class_name for item in dataset.items]
         texts = _captions(dataset) if compared else None
     if classes is not None and None in classes:
         classes = None
     return found, classes if run.classes is None else run.classes, texts
-
-
-def _matched(references: Dataset, samples: Images) -> Dataset:
-    """The references in the order of the samples of the same name; by position where the samples have no names (.npz)."""
-    from texttok_cli.metrics.sources import FileImages
-
-    if not isinstance(samples, FileImages):
-        return _numbered(references)
-    by_name = {_stem(item.id): item for item in references.items}
-    if len(by_name) < len(references.items):
-        twice = next(name for name, n in Counter(_stem(item.id) for item in references.items).items() if n > 1)
-        raise DataError(f"{twice}: two references differ only in file extension; a sample could belong to either")
-    unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
-    if unmatched:
-        raise DataError(f"{unmatched[0]}: no reference with that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
-    return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
-
-
-def _numbered(images: Dataset) -> Dataset:
-    """Images whose others have only positions: by their numbers where all names are numbers (10 after 9), else as sorted."""
-    stems = [_stem(item.id) for item in images.items]
-    if not all(stem.isdigit() for stem in stems):
-        return images
-    items = [item for _, item in sorted(zip(map(int, stems), images.items, strict=True), key=itemgetter(0))]
-    return type(images)(items, images.skipped)
-
-
-def _check_pairs(subject: Subject, ref: str | None) -> None:
-    samples, references = subject.samples, subject.references
-    if references is None or samples is None:
-        raise DataError(f"{ref or '--ref'}: these metrics compare each sample with its original: give images with --ref")
-    if len(samples.ids) != len(references.ids):
-        raise DataError(f"{len(samples.ids):,} samples and {len(references.ids):,} references: the numbers must be equal")
-    if samples.size != references.size:
-        raise DataError(f"samples of {samples.size} and references of {references.size} pixels a side can't be compared")
 
 
 def _evenly(dataset: Dataset, limit: int | None) -> Dataset:
@@ -282,14 +246,6 @@ def _captions_of_npz(samples: Images, captions: Path | None, own: Sequence[str] 
             raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
         return own
     return _captions(Dataset(with_captions([Item(position, str(captions)) for position in samples.ids], captions)))
-
-
-def _stem(image_id: str) -> str:
-    """Without the ending of an image file; `v1.5` has none."""
-    from texttok_cli.data.items import IMAGE_SUFFIXES
-
-    path = PurePosixPath(image_id)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else image_id
 
 
 def _caption_source(captions: Path | None, caption_field: str | None) -> str:
