@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,43 @@ def test_adms_reference_gives_statistics_and_its_images_the_manifold(texttok: Ru
     outcome = texttok(*options, "--samples", samples, "--note", "labels=equally many a class")
     assert json.loads(outcome.out)["results"][0]["card"]["split"].startswith("train") and "protocol adm-class" in outcome.err
     assert "split" not in outcome.err and "labels" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "images"), [("VIRTUAL_imagenet512.npz", False), ("VIRTUAL_imagenet64_labeled.npz", False), ("other.npz", True)]
+)
+def test_samples_of_another_size_than_the_references_are_told(
+    name: str, images: bool, texttok: Run, samples: Path, fake: None, tmp_path: Path
+) -> None:
+    """By the name of ADM's file, or by the images in one; references of images are cropped to the samples' size."""
+    held = {"mu": np.zeros(DIM), "sigma": np.eye(DIM)} | ({"arr_0": np.zeros((4, 64, 64, 3), np.uint8)} if images else {})
+    np.savez(tmp_path / name, **held)
+    size = 512 if "512" in name else 64
+    outcome = texttok("eval", "--metric", "gfid,gis", "--samples", samples, "--ref", tmp_path / name)
+    assert outcome.code == 0 and f"gfid: samples of 32 pixels a side against {name}, which is of {size}" in outcome.err
+    assert outcome.err.count("pixels a side") == 1  # an Inception Score is of no references
+    same = tmp_path / "VIRTUAL_imagenet32.npz"
+    np.savez(same, mu=np.zeros(DIM), sigma=np.eye(DIM))
+    assert "pixels a side" not in texttok("eval", "--metric", "gfid", "--samples", samples, "--ref", same).err
+
+
+def test_samples_in_jpeg_files_are_told(texttok: Run, draw: Draw, samples: Path, pictures: Path, fake: None, tmp_path: Path) -> None:
+    """By what is in the files: the loss is in the number, which is not comparable with one of PNG files."""
+    options = ("eval", "--metric", "gfid", "--ref", pictures, "--json", "--samples")
+    whole = texttok(*options, samples)
+    assert "JPEG" not in whole.err + whole.out
+    for number in (1, 2):
+        Image.open(samples / f"{number}.png").save(samples / f"{number}.jpg")
+        (samples / f"{number}.png").unlink()
+    (samples / "2.jpg").rename(samples / "2.png")  # whatever it is called
+    (samples / "3.png").rename(samples / "3.jpg")
+    outcome = texttok(*options, samples)
+    assert "gfid: 2 of 6 samples are JPEG files" in outcome.err
+    assert json.loads(outcome.out)["results"][0]["card"]["uint8"] == "as stored, 2 of them as JPEG (lossy)"
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for path in sorted(samples.iterdir()):
+            shard.add(path, path.name)
+    assert json.loads(texttok(*options, tmp_path / "shard.tar").out)["results"][0]["card"]["uint8"].endswith("2 of them as JPEG (lossy)")
 
 
 def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) -> None:

@@ -63,6 +63,7 @@ def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Res
         metric, card = METRICS[name], _result_card(name, evaluator, subject, truncated)
         result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
         warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
+        warnings += _doubts(subject, reference=metric.reference)
         if metric.in_order and subject.classes is not None and few_classes_a_block(subject.classes):
             warnings.append("the samples are sorted by class, so a block of 5,000 has few classes: too low; use is-shuffled")
         results.append(result.model_copy(update={"warnings": warnings}))
@@ -80,6 +81,17 @@ def _unlike_protocol(protocol: ProtocolName | None, card: Card, *, reference: bo
         if wanted is not None and found not in (wanted, wanted + DECLARED):
             warnings.append(f"{what}: {found}; protocol {protocol} has: {wanted}")
     return warnings
+
+
+def _doubts(subject: Subject, *, reference: bool) -> list[str]:
+    """What is wrong with the samples whatever the protocol: as they are stored, and if they are compared, beside the `reference`."""
+    doubts, size, other = [], subject.measured.size, subject.reference_size
+    if subject.jpegs:
+        n = len(subject.measured.ids)
+        doubts.append(f"{subject.jpegs:,} of {n:,} samples are JPEG files, whose losses are in this number: store samples as PNG")
+    if reference and other not in (None, size):
+        doubts.append(f"samples of {size} pixels a side against {subject.card['reference']}, which is of {other}")
+    return doubts
 
 
 def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: int) -> Card:

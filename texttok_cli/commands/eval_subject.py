@@ -40,6 +40,8 @@ class Subject:
     texts: Sequence[str] | None = None  # what the model is conditioned on
     reconstruct: Callable[[Tensor, Sequence[int]], Tensor] | None = None
     classes: Sequence[Hashable] | None = None  # of the samples in their order, where each one's is known
+    jpegs: int = 0  # of the samples
+    reference_size: int | None = None  # side of the images that statistics are of, where it is known
 
     @property
     def measured(self) -> Images:
@@ -184,10 +186,13 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     if texts is not None:
         card["text"] = f"compared with the samples: {_caption_source(captions, caption_field)}"
     task: Literal["reconstruction", "generation"] = "reconstruction" if paired else "generation"
-    subject = Subject(task, found, None, card, paired, captions=texts, classes=classes)
+    jpegs = found.jpegs() if isinstance(found, FileImages) else 0
+    if jpegs:
+        card["uint8"] = f"as stored, {jpegs:,} of them as JPEG (lossy)"
+    subject = Subject(task, found, None, card, paired, captions=texts, classes=classes, jpegs=jpegs)
     if ref is not None and ref.endswith(".npz"):
         reference = read_npz_reference(Path(ref))
-        subject.references, subject.given = reference.images, reference.given
+        subject.references, subject.given, subject.reference_size = reference.images, reference.given, reference.size
     elif ref is not None:
         subject.references = FileImages(match_by_name(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
     if subject.given:

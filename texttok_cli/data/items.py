@@ -57,13 +57,17 @@ class Dataset:
 
     def read(self, index: int) -> bytes:
         """Bytes of one image file. DataError if it has gone or is larger than MAX_FILE_BYTES."""
+        data = self.head(index, MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise DataError(f"{self.items[index].id}: larger than {MAX_FILE_BYTES:,} bytes")
+        return data
+
+    def head(self, index: int, n: int) -> bytes:
+        """At most the first n bytes of one image file. DataError if it has gone."""
         item = self.items[index]
         try:
             with item.path.open("rb") as file:
                 file.seek(item.offset)
-                data = file.read(MAX_FILE_BYTES + 1 if item.size is None else min(item.size, MAX_FILE_BYTES + 1))
+                return file.read(n if item.size is None else min(item.size, n))
         except OSError as err:
             raise DataError(f"{item.id}: {item.file}: {err.strerror}") from None
-        if len(data) > MAX_FILE_BYTES:
-            raise DataError(f"{item.id}: larger than {MAX_FILE_BYTES:,} bytes")
-        return data

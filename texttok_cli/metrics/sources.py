@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from texttok_cli.metrics.statistics import Gaussian
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM's VIRTUAL_imagenet*.npz
 NUMPY_DAMAGED = (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+JPEG = b"\xff\xd8\xff"  # how such a file begins
 WIDTHS = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
 
 
@@ -81,6 +83,10 @@ class FileImages(Images):
         """See `Images`: of the ids and the files' sizes; reading every byte would cost another pass."""
         sizes = [item.path.stat().st_size if item.size is None else item.size for item in self.dataset.items]
         return hashlib.sha256(repr(list(zip(self.ids, sizes, strict=True))).encode()).hexdigest()
+
+    def jpegs(self) -> int:
+        """How many of the images are stored as JPEG, which is lossy."""
+        return sum(self.dataset.head(index, len(JPEG)) == JPEG for index in range(len(self.ids)))
 
     def _check_sizes(self, indices: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
         for index, (width, height) in zip(indices.tolist(), sizes, strict=True):
@@ -153,10 +159,11 @@ class NpzImages(Images):
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of a file by kind of features, and the images in it, if any."""
+    """Statistics of a file by kind of features, the images in it, if any, and the side of what it is of, if that is known."""
 
     given: Mapping[str, Gaussian]
     images: NpzImages | None
+    size: int | None
 
 
 def read_npz_reference(path: Path) -> Reference:
@@ -176,7 +183,8 @@ def read_npz_reference(path: Path) -> Reference:
         raise DataError(f"{path}: not an .npz of statistics or images ({' '.join(str(err).split())})") from None
     if not given and not has_images:
         raise DataError(f"{path}: holds neither statistics (mu, sigma) nor images (arr_0)")
-    return Reference(given, NpzImages(path) if has_images else None)
+    images, named = NpzImages(path) if has_images else None, re.match(r"VIRTUAL_imagenet(\d+)", path.name)  # ADM's
+    return Reference(given, images, images.size if images is not None else int(named[1]) if named else None)
 
 
 def write_statistics(path: Path, found: Mapping[str, Gaussian]) -> None:
