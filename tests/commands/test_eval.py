@@ -331,13 +331,64 @@ def test_labels_at_random_are_not_the_protocol_s(texttok: Run, fake: None, tmp_p
     assert "labels" not in equal.err
 
 
-def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
-    run = SampleFolder(tmp_path / "run", 2, {"format": "png", "images": 2, "precision": "fp32", **MADE_BY})
-    run.add(range(2), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    run.record(lambda i: {"seed": i, "caption": f"number {i}"})
+def run_of_prompts(folder: Path, prompts: list[str]) -> Path:
+    """What `texttok sample --prompts ...` leaves."""
+    run = SampleFolder(folder, len(prompts), {"format": "png", "images": len(prompts), "precision": "fp32", **MADE_BY})
+    run.add(range(len(prompts)), torch.zeros(len(prompts), 3, 32, 32, dtype=torch.uint8))
+    run.record(lambda i: {"seed": i, "caption": prompts[i]})
     run.finish(labels=None, columns=2)
-    outcome = texttok("eval", "--metric", "gfid", "--ref", samples, "--json", "--samples", tmp_path / "run")
-    assert json.loads(outcome.out)["results"][0]["card"]["labels"].startswith("as listed: 2 prompts, 1 of each (")
+    return folder
+
+
+def test_prompts_are_told_apart(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    run = run_of_prompts(tmp_path / "run", ["number 0", "number 1"])
+    outcome = texttok("eval", "--metric", "gfid", "--ref", samples, "--json", "--samples", run)
+    labels = json.loads(outcome.out)["results"][0]["card"]["labels"]
+    assert labels.startswith("as listed: 2 prompts, 1 of each (")
+    assert labels.endswith("; not checked whether they are captions of the references' split")  # these references have none
+
+
+def test_prompts_are_compared_with_the_references_captions(texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
+    """In any order; where there are no captions to compare with the card says so, and only another list is warned of."""
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
+    captions = [f"a picture of number {i}" for i in range(6)]
+    (pictures / "5.txt").write_text("a picture  of\nnumber 5\n")  # of two lines, which a file of prompts can't have
+
+    def labels(name: str, prompts: list[str], ref: Path, *more: str) -> tuple[str, bool]:
+        folder = tmp_path / name if (tmp_path / name).exists() else run_of_prompts(tmp_path / name, prompts)
+        outcome = texttok("eval", "--protocol", "t2i", "--metric", "fid", "--ref", ref, "--samples", folder, "--json", *more)
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)["results"][0]["card"]["labels"], "labels: " in outcome.err
+
+    assert labels("all", captions[::-1], pictures) == ("captions of the references' split", False)
+    assert labels("all", [], pictures, "--note", "labels=from memory") == ("from memory", True)
+    for found, warned in (labels("all", [], tmp_path / "stats.npz"), labels("other", ["a", "b"], tmp_path / "stats.npz")):
+        assert found.endswith("; not checked whether they are captions of the references' split") and not warned
+    some, warned = labels("some", [*captions[:3], captions[0], "another"], pictures)
+    assert some.startswith("as listed: 4 prompts, 1 to 2 of each (") and warned
+    assert some.endswith("; captions of 3 of the 6 references")
+    (pictures / "5.txt").unlink()
+    assert "not checked" in labels("all", [], pictures)[0]
+
+
+def test_the_references_captions_are_those_of_the_field(texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as shard:
+        for number in range(3):
+            info = tmp_path / "info.json"
+            info.write_text(json.dumps({"caption": f"short {number}", "long": f"a long one, {number}"}))
+            shard.add(pictures / f"{number}.png", f"{number}.png")
+            shard.add(info, f"{number}.json")
+    run = run_of_prompts(tmp_path / "run", [f"a long one, {number}" for number in range(3)])
+    options = ("eval", "--metric", "fid", "--ref", tmp_path / "val.tar", "--samples", run)
+    assert "labels: as listed" in texttok(*options, "--protocol", "t2i").err
+    assert "labels: " not in texttok(*options, "--protocol", "t2i", "--caption-field", "long").err
+    assert "--caption-field says what CLIP compares" in texttok(*options, "--caption-field", "long").err  # nothing would be compared
+
+
+def test_classes_are_no_prompts(texttok: Run, pictures: Path, fake: None, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [0, 1, 2, 3])
+    outcome = texttok("eval", "--protocol", "t2i", "--metric", "fid", "--ref", pictures, "--samples", run)
+    assert "labels: as listed: 4 classes" in outcome.err and "of the 6 references" not in outcome.err
 
 
 def test_cards_tell_apart_what_made_the_samples(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:

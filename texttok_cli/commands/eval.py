@@ -96,7 +96,7 @@ def eval_(
     if fixed is not None and resize != fixed.resize:
         raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
-    check_used(given, names)
+    check_used(given, names, fixed)
     check_targets({"-o": out, "--save-stats": save_stats, "--save-samples": save_samples, "--html": html})
     processes = Processes()
     where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))

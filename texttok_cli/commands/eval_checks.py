@@ -8,6 +8,7 @@ from pathlib import Path
 
 from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
+from texttok_cli.metrics.protocols import REFERENCE_CAPTIONS, Protocol
 
 COMPARES = {"compare", "html", "json", "quiet", "debug"}  # what --compare reads
 
@@ -18,7 +19,7 @@ def check_comparing(given: Mapping[str, str]) -> None:
     _refuse(given, sorted(given.keys() - COMPARES), why)
 
 
-def check_used(given: Mapping[str, str], names: Sequence[str]) -> None:
+def check_used(given: Mapping[str, str], names: Sequence[str], protocol: Protocol | None) -> None:
     """DataError for an option that would change nothing of what is asked for."""
     from texttok_cli.metrics.registry import uses_clip, uses_inception
 
@@ -27,7 +28,12 @@ def check_used(given: Mapping[str, str], names: Sequence[str]) -> None:
         about_models = ("model", "data", "images", "size", "no_caption", "precision")
         _refuse(given, about_models, "is about what a model reconstructs; it does not go with --samples")
         if not clip:
-            _refuse(given, ("captions", "caption_field"), "says what CLIP compares samples with: add --metric clip-score, or leave it out")
+            compared = protocol is not None and protocol.labels == REFERENCE_CAPTIONS  # the references' captions, with the prompts
+            _refuse(
+                given,
+                ("captions",) if compared else ("captions", "caption_field"),
+                "says what CLIP compares samples with: add --metric clip-score, or leave it out",
+            )
     else:
         _refuse(given, ("ref",), "goes with --samples; a model's references are the images that it reconstructs")
     if not clip:

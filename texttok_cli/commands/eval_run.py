@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texttok_cli.errors import DataError
+from texttok_cli.metrics.protocols import NOT_CHECKED, REFERENCE_CAPTIONS
 
 RUN_SETTINGS, RUN_LINES = "settings.json", "samples.jsonl"
 INSIDE = {"png": (RUN_LINES, "images"), "npz": ("samples.npz",)}  # what holds all images of a run, the first as the folder itself
@@ -29,6 +30,26 @@ class SampleRun:
     card: Mapping[str, Any] = field(default_factory=dict)
     classes: Sequence[int] | None = None
     captions: Sequence[str] | None = None
+
+    def prompts_among(self, captions: Sequence[str | None] | None) -> str | None:
+        """What the card says of the labels, knowing the `captions` of the references (None: they have none, or one has none).
+
+        Of a class model's samples that is nothing new; of prompts, whether they are all of those captions, in any order.
+        """
+        listed: str | None = self.card.get("labels")
+        if self.captions is None or self.classes is not None:
+            return listed
+        ours, theirs = _texts(self.captions), _texts(captions or [None])
+        if None in theirs:
+            return f"{listed}{NOT_CHECKED}{REFERENCE_CAPTIONS}"
+        if ours == theirs:
+            return REFERENCE_CAPTIONS
+        return f"{listed}; captions of {(ours & theirs).total():,} of the {theirs.total():,} references"
+
+
+def _texts(texts: Sequence[str | None]) -> Counter[str | None]:
+    """How often each is there, whatever blanks and line breaks it has: a file of prompts has a line for each."""
+    return Counter(None if text is None else " ".join(text.split()) for text in texts)
 
 
 def sample_run(samples: str) -> SampleRun:

@@ -190,11 +190,15 @@ def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, caption
     if jpegs:
         card["uint8"] = f"as stored, {jpegs:,} of them as JPEG (lossy)"
     subject = Subject(task, found, None, card, paired, captions=texts, classes=classes, jpegs=jpegs)
+    theirs: Sequence[str | None] | None = None
     if ref is not None and ref.endswith(".npz"):
         reference = read_npz_reference(Path(ref))
         subject.references, subject.given, subject.reference_size = reference.images, reference.given, reference.size
     elif ref is not None:
-        subject.references = FileImages(match_by_name(open_dataset([ref]), found) if paired else open_dataset([ref]), crop_to=found.size)
+        dataset = open_dataset([ref], caption_field=caption_field)
+        subject.references = FileImages(match_by_name(dataset, found) if paired else dataset, crop_to=found.size)
+        theirs = [item.caption for item in dataset.items]
+    card["labels"] = run.prompts_among(theirs)
     if subject.given:
         card["reference_sha256"] = sha256_file(Path(str(ref)))
     elif subject.references is not None:

@@ -9,6 +9,8 @@ ProtocolName = Literal["recon", "adm-class", "t2i"]
 
 
 DECLARED = ", as the protocol has it"  # ends what a card says because a protocol was named, and nothing else shows
+NOT_CHECKED = "; not checked whether they are "  # before what a protocol asks for, where it can't be known
+REFERENCE_CAPTIONS = "captions of the references' split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +40,5 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         reference="VIRTUAL_imagenet",
     ),
     # Sec. 4.5: generated from the validation set's captions, against all of that set.
-    "t2i": Protocol(("fid", "clip-score"), "generation", "val", "captions of the references' split"),
+    "t2i": Protocol(("fid", "clip-score"), "generation", "val", REFERENCE_CAPTIONS),
 }
