@@ -91,7 +91,7 @@ def evenly(rows: Tensor, limit: int) -> Tensor:
 
 
 def _manifold(what: str, which: int) -> Metric:
-    rule = f"{what}, k = 3, pool_3, float32; at most 10,000 references (of more, every n/10,000th), as ADM's evaluator"
+    rule = f"{what}, k = 3, pool_3; at most 10,000 references (of more, every n/10,000th); float32 distances, where ADM's are float16"
     why = "ADM's rule has 10,000 references against 50,000 samples"
     return Metric(rule, _precision_recall(which), frozenset({"features"}), "inception", NEIGHBOURS + 1, 10_000, why)
 
