@@ -109,6 +109,16 @@ def test_part_of_the_data_and_the_empty_condition(texttok: Run, models: Path, pi
     assert (card["n"], card["split"], card["seed"], card["text"]) == (3, "val", "3", "none (--no-caption)")
 
 
+def test_captions_that_the_text_encoder_cuts_off_are_said(texttok: Run, models: Path, pictures: Path) -> None:
+    (pictures / "3.txt").write_text("long " * 40)
+    options = ("eval", "--metric", "psnr", "--data", pictures, "-m", models / "text.safetensors")
+    said = "text: longer than 24 text tokens, so the end is cut off: 1 of 6 texts"
+    assert said in texttok(*options).err
+    assert texttok(*options, "-m", models / "plain.safetensors").err.count("longer than") == 1
+    for quiet in ("--quiet", "--no-caption"):
+        assert "longer than" not in texttok(*options, quiet).err
+
+
 def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, pictures: Path, fake: None) -> None:
     options = ("eval", "--protocol", "recon", "--metric", "rfid,psnr", "-m", models / "plain.safetensors", "--json")
 
@@ -430,6 +440,19 @@ def test_clip_reads_the_captions_of_a_run_in_an_npz(texttok: Run, tmp_path: Path
     assert outcomes[0].out == outcomes[1].out
     without = run_of(tmp_path / "without", [0, 1], format="npz")
     assert "give --captions" in texttok("eval", "--metric", "clip-score", "--samples", without).err
+
+
+def test_captions_that_clip_cuts_off_are_said(texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.clip.ClipScorer", FakeClip)
+    for sample in samples.glob("*.png"):
+        sample.with_suffix(".txt").write_text("a caption")
+    options = ("eval", "--metric", "clip-score", "--samples", samples, "--json")
+    before = texttok(*options)
+    assert before.code == 0 and "longer than CLIP reads" not in before.err
+    monkeypatch.setattr(FakeClip, "truncated", 2)
+    outcome = texttok(*options)
+    said = "2 of 6 captions are longer than CLIP reads, so their end was cut off"
+    assert said in outcome.err and json.loads(outcome.out)["results"][0]["warnings"][-1] == said
 
 
 def test_inception_scores_of_blocks_of_one_class_are_warned_of(texttok: Run, fake: None, tmp_path: Path) -> None:

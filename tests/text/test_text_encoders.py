@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from texttok_cli.assets import ASSETS, _in_package, resolve
 from texttok_cli.config.schema import TextEncoderConfig
 from texttok_cli.errors import BackendError
-from texttok_cli.text import TextEncoder, load_text_encoder
+from texttok_cli.text import TextEncoder, cut_off, load_text_encoder
 from texttok_cli.text.base import pad
 from texttok_cli.text.transformer import TransformerEncoder
 
@@ -140,6 +140,21 @@ def test_minilm_truncates_and_keeps_its_end() -> None:
     short = load_text_encoder(TextEncoderConfig(max_tokens=5), offline=True)
     torch.testing.assert_close(states(short, "a red car on a hill"), states(short, "a red car"), rtol=0, atol=1e-5)
     assert short.truncated == 1 and short.lengths(["a red car on a hill"]) == [5]
+
+
+@needs_minilm
+def test_minilm_says_of_a_text_alone_whether_it_is_cut() -> None:
+    short = load_text_encoder(TextEncoderConfig(max_tokens=5), offline=True)
+    assert [short.cuts(text) for text in ("", "a red car", "a red car on")] == [False, False, True]
+
+
+def test_different_texts_that_are_cut_off_are_counted() -> None:
+    encoder = load_text_encoder(HASH)
+    assert cut_off(encoder, ["a b c d e", ""]) is None
+    assert cut_off(encoder, []) is None
+    texts = ["a b c d e f", "a b c d e f", "a b c d e f g", "a"]
+    assert cut_off(encoder, iter(texts)) == "longer than 6 text tokens, so the end is cut off: 2 of 3 texts"
+    assert cut_off(encoder, texts, limit=2) == "longer than 6 text tokens, so the end is cut off: 2 of 2 texts looked at (3 in all)"
 
 
 @needs_minilm

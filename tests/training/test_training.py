@@ -62,12 +62,12 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 class Stop(Reporter):
     """Sends this process a signal when a step is done."""
 
-    def __init__(self, step: int, number: int) -> None:
+    def __init__(self, step: int, number: int, message: Callable[[str], None] = lambda _: None) -> None:
         def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
             if what == "training" and done == step:
                 os.kill(os.getpid(), number)
 
-        super().__init__(lambda _: None, progress, lambda _: None)
+        super().__init__(message, progress, lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +411,21 @@ def test_text_cache_gives_the_same_training(recipe_file: RecipeFile, tmp_path: P
     for a, b in zip(metrics(tmp_path / "online"), metrics(tmp_path / "cached"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # the cache holds fp16
     assert list((tmp_path / "cached" / "text").glob("part-*.safetensors"))
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_captions_that_are_cut_off_are_said_whenever_a_run_begins(recipe_file: RecipeFile, tmp_path: Path, cached: str) -> None:
+    """Every third has nine words, for which eight tokens are too few."""
+    said: list[str] = []
+    recipe, cache = recipe_file(), f"training.text_cache={cached}"
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", cache, report=Stop(2, signal.SIGTERM, said.append))
+    train(recipe, tmp_path / "run", cache, report=Reporter(said.append, lambda *_: None, lambda _: None))
+    assert [line for line in said if "longer" in line] == 2 * ["longer than 8 text tokens, so the end is cut off: 4 of 14 texts"]
+    said.clear()
+    wider = "model.condition.encoder.max_tokens=16"
+    train(recipe, tmp_path / "wide", cache, wider, "schedule.steps=1", report=Reporter(said.append, lambda *_: None, lambda _: None))
+    assert said and not [line for line in said if "longer" in line]
 
 
 # ------------------------------------------------------------------ real processes

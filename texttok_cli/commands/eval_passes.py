@@ -72,6 +72,8 @@ def _measure_one(
         "images": fingerprints,
         "texts": hashlib.sha256(repr((subject.texts, subject.captions)).encode()).hexdigest(),
     }
+    if subject.cut_off is not None and processes.rank == 0 and not quiet:
+        say(f"{subject.card['samples']}: {subject.cut_off}")
     with progress(quiet=quiet or processes.rank > 0) as bar:
         task = bar.add_task("measuring", total=len(work), note=subject.card["samples"])
 

@@ -42,6 +42,7 @@ class Subject:
     classes: Sequence[Hashable] | None = None  # of the samples in their order, where each one's is known
     jpegs: int = 0  # of the samples
     reference_size: int | None = None  # side of the images that statistics are of, where it is known
+    cut_off: str | None = None  # what to say of `texts` that the model's text encoder does not read to their end
 
     @property
     def measured(self) -> Images:
@@ -123,10 +124,9 @@ def of_models(
                 "precision": model.precision,
             }
         )
-        reconstruct = _reconstruction(model, texts)
-        subjects.append(
-            Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts, reconstruct=reconstruct)
-        )
+        subject = Subject("reconstruction", None, originals, card, paired=True, captions=compared, texts=texts)
+        subject.reconstruct, subject.cut_off = _reconstruction(model, texts), _cut_off(model, texts)
+        subjects.append(subject)
     return subjects
 
 
@@ -165,6 +165,15 @@ def _reconstruction(model: Model, texts: Sequence[str] | None) -> Callable[[Tens
         return model.decode(model.encode(images, chosen), chosen)
 
     return reconstruct
+
+
+def _cut_off(model: Model, texts: Sequence[str] | None) -> str | None:
+    from texttok_cli.inference import Tokenizer
+    from texttok_cli.text import cut_off
+
+    if texts is None or not isinstance(model, Tokenizer) or model.text is None:
+        return None
+    return cut_off(model.text.encoder, texts)
 
 
 def of_samples(samples: str, ref: str | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None) -> Subject:

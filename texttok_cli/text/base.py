@@ -5,7 +5,7 @@ Letters: B batch, T text tokens, C width of the text encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from texttok_cli.models.condition import Condition
 
 # Lengths of padded batches are multiples of this, so that there are few different ones (compiled models, allocator).
 LENGTH_STEP = 8
+LOOKED_AT = 10_000  # texts whose length is looked at before a long job: a few seconds
 
 
 class TextEncoder(Protocol):
@@ -36,6 +37,9 @@ class TextEncoder(Protocol):
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation; runs the tokenizer only."""
 
+    def cuts(self, text: str) -> bool:
+        """Whether the text is longer than `max_tokens`; runs the tokenizer only."""
+
 
 def load_text_encoder(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TextEncoder:
     """The encoder a config names, on `device`. Raises BackendError if its weights are not available or don't fit the config."""
@@ -51,6 +55,21 @@ def load_text_encoder(config: TextEncoderConfig, *, device: torch.device | str =
     from texttok_cli.text.minilm import load_minilm
 
     return load_minilm(config, device=device, offline=offline)
+
+
+def cut_off(encoder: TextEncoder, texts: Iterable[str], *, limit: int = LOOKED_AT) -> str | None:
+    """What a person should know of texts that the encoder does not read to their end; None if there are none.
+
+    Each different text counts once. Of more than `limit` as many, evenly spread, are looked at, and that is said.
+    """
+    unique = list(dict.fromkeys(texts))
+    seen = min(len(unique), limit)
+    # One at a time: batches start threads, and loader workers that are forked after that make the tokenizer complain.
+    cut = sum(encoder.cuts(unique[i * len(unique) // seen]) for i in range(seen))
+    if not cut:
+        return None
+    of = f"{seen:,} texts" + (f" looked at ({len(unique):,} in all)" if seen < len(unique) else "")
+    return f"longer than {encoder.max_tokens} text tokens, so the end is cut off: {cut:,} of {of}"
 
 
 def padded_length(longest: int, max_tokens: int) -> int:

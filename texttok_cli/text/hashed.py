@@ -26,12 +26,16 @@ class HashEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Condition:
         """Token states (B, T, dim) float32; see TextEncoder."""
-        self.truncated += sum(len(text.split()) >= self.max_tokens for text in texts)
+        self.truncated += sum(map(self.cuts, texts))
         return pad([self._states(text) for text in texts], self.max_tokens).to(self.device)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, after truncation."""
         return [len(self._words(text)) for text in texts]
+
+    def cuts(self, text: str) -> bool:
+        """Whether the text has no place for its end token left."""
+        return len(text.split()) >= self.max_tokens
 
     def _words(self, text: str) -> list[str]:
         return [*text.split()[: self.max_tokens - 1], END]

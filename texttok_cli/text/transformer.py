@@ -61,6 +61,10 @@ class TransformerEncoder:
         """Tokens of each text, after truncation."""
         return [len(encoding) for encoding in self.tokenizer.encode_batch(list(texts))]
 
+    def cuts(self, text: str) -> bool:
+        """Whether the text is longer than `max_tokens`."""
+        return bool(self.tokenizer.encode(text).overflowing)
+
     def _states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         # The config's precision, not the caller's: the states must not depend on who asks for them.
         with torch.autocast(ids.device.type, enabled=False):

@@ -14,7 +14,7 @@ from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderCo
 from texttok_cli.data import Dataset
 from texttok_cli.data.texts import texts_for
 from texttok_cli.errors import DataError, RecipeError
-from texttok_cli.text import embed_corpus, estimate_bytes, load_text_encoder
+from texttok_cli.text import cut_off, embed_corpus, estimate_bytes, load_text_encoder
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.report import Reporter
 
@@ -69,8 +69,14 @@ def text_conditioners(
     cache: bool,
     offline: bool,
 ) -> list[Conditioner]:
-    """For each data set's texts the encoder's token states; with `cache` all are embedded once, to `out`/text."""
+    """For each data set's texts the encoder's token states; with `cache` all are embedded once, to `out`/text.
+
+    What the encoder does not read to its end is said here, before the first step: later a resumed run would not know of all of it.
+    """
     encoder = load_text_encoder(cfg, device=engine.device, offline=offline)
+    cut = cut_off(encoder, (text for part in texts for text in part)) if engine.is_main else None
+    if cut is not None:
+        report.message(cut)
     embed: Callable[[Sequence[str]], Any] = encoder
     if cache:
         corpus = sorted({text for part in texts for text in part})
