@@ -166,7 +166,7 @@ def test_twins_differ_in_what_they_reproduce_alone() -> None:
 
 def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
     about = {
-        "4a-25-words": set(),  # by its captions alone
+        "4a-25-words": set(),  # by its captions alone, and what these may be
         "4a-class-text": {("source",)},
         "4b-t5-small": {("encoder", key) for key in ("name", "dim")},
         "4b-t5-xxl": {("encoder", key) for key in ("name", "dim")},
@@ -176,6 +176,8 @@ def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
     whole = load_recipe("tokenizer/texttok-128-256").model_dump()
     for name, keys in about.items():
         ablation = load_recipe(f"ablations/{name}").model_dump()
+        assert ablation["data"]["max_words"] == (25 if name == "4a-25-words" else None), name
+        ablation["data"]["max_words"] = whole["data"]["max_words"]
         assert {key for key in whole if key not in ("model", "reproduces") and whole[key] != ablation[key]} == set(), name
         assert {key for key in whole["model"] if whole["model"][key] != ablation["model"][key]} <= {"condition"}, name
         assert set(_differing(whole["model"]["condition"], ablation["model"]["condition"])) == keys, name

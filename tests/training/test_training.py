@@ -413,6 +413,31 @@ def test_text_cache_gives_the_same_training(recipe_file: RecipeFile, tmp_path: P
     assert list((tmp_path / "cached" / "text").glob("part-*.safetensors"))
 
 
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_captions_with_more_words_than_the_recipe_allows_are_refused(
+    recipe_file: RecipeFile, tmp_path: Path, pictures: Path, where: str
+) -> None:
+    """Before the first step, and in a way that the same command with captions that fit goes on in the same folder."""
+    fitting = tmp_path / "fitting"
+    shutil.copytree(pictures, fitting)
+    for caption in fitting.rglob("*.txt"):
+        caption.write_text("at most  three ")
+    data = {"train": [str(fitting)], "val": [str(fitting)], where: [str(pictures)], "max_words": 3}
+    with pytest.raises(DataError) as raised:
+        train(recipe_file(data=data), tmp_path / "run")
+    assert str(raised.value) == (
+        "even/02.png: its caption has 9 words, data.max_words allows 3: make captions with `texttok caption --max-words 3`"
+        " and give them as data.captions"
+    )
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"id": f"{i:02d}", "caption": "of three words"}) + "\n" for i in range(14)))
+    train(recipe_file(data=data), tmp_path / "run", f"data.captions={captions}", "schedule.steps=1")
+
+
+def test_class_text_has_no_captions_to_count(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    train(recipe_file(), tmp_path / "run", "model.condition.source=class_text", "data.max_words=1", "schedule.steps=1")
+
+
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_captions_that_are_cut_off_are_said_whenever_a_run_begins(recipe_file: RecipeFile, tmp_path: Path, cached: str) -> None:
     """Every third has nine words, for which eight tokens are too few."""

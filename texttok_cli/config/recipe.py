@@ -27,6 +27,7 @@ class DataConfig(Config):
     val: Paths = Field(default_factory=list)
     captions: str | None = None  # a captions.jsonl that overrides those beside the images
     caption_field: str | None = None  # key in a shard's .json: measured, captions, longest, ...
+    max_words: int | None = Field(None, ge=1)  # captions with more are refused, for a recipe that is about their length
     crop: Literal["center", "random"] = "center"  # random: where along the longer side, after the short side is scaled
     flip: bool = True
     cache: bool = False  # keep the decoded images in memory (uint8)

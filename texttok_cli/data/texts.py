@@ -28,6 +28,17 @@ def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str 
     return [_text_of(item, cond, caption_field) for item in items]
 
 
+def check_words(items: Sequence[Item], captions: Sequence[str], limit: int) -> None:
+    """DataError names the first image whose caption has more than `limit` words, counted as `texttok caption` does."""
+    for item, caption in zip(items, captions, strict=True):
+        words = len(caption.split())
+        if words > limit:
+            raise DataError(
+                f"{item.id}: its caption has {words:,} words, data.max_words allows {limit:,}: make captions with"
+                f" `texttok caption --max-words {limit}` and give them as data.captions"
+            )
+
+
 def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
     if cond.source == "class_text" and item.class_name is not None:
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from texttok_cli.config.recipe import TokenizerRecipe
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig
 from texttok_cli.data import Dataset
-from texttok_cli.data.texts import texts_for
+from texttok_cli.data.texts import check_words, texts_for
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.text import cut_off, embed_corpus, estimate_bytes, load_text_encoder
 from texttok_cli.training.engine import Engine
@@ -33,6 +33,9 @@ def build_conditioners(
         named = [[(item.id, item.class_name) for item in dataset.items] for dataset in datasets]
         return [class_conditioner(ids, cond=None) for ids in class_ids(named, cond.num_classes, engine.device)[1]]
     texts = [texts_for(dataset.items, cond, caption_field=recipe.data.caption_field) for dataset in datasets]
+    if cond.source == "caption" and recipe.data.max_words is not None:
+        for dataset, part in zip(datasets, texts, strict=True):
+            check_words(dataset.items, part, recipe.data.max_words)
     return text_conditioners(cond.encoder, texts, out, engine, report, cache=recipe.training.text_cache, offline=offline)
 
 
