@@ -68,6 +68,14 @@ def test_sizes_are_those_of_table_4e() -> None:
         assert expected_millions(load_recipe(name)) == pytest.approx(T5_XL[size], rel=2e-3)
 
 
+def test_what_is_inferred_has_its_source_beside_it() -> None:
+    root = Path(__file__).parents[2]
+    for file in [*root.glob("recipes/**/*.yaml"), *root.glob("texttok_cli/config/*.py")]:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            for said in line.split("[I]")[1:]:
+                assert any(map(str.isalnum, said)), f"{file.name}: {line}"
+
+
 def test_the_twins_differ_by_their_condition_alone() -> None:
     for tokens in (32, 64, 128, 256):
         for size in (256, 512):

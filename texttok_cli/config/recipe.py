@@ -1,6 +1,7 @@
 """What a recipe says beside the model: data, objective, optimizer, schedule and the run itself.
 
-Free of torch, as the schema of the models is; sources of the defaults stand beside them ([I] inferred).
+Free of torch, as the schema of the models is; sources of the defaults stand beside them ([I] inferred;
+recipes/base/tokenizer.yaml says from what).
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ class PerceptualLoss(Config):
     """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
 
     net: Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex", "resnet50-logits"] = "lpips-vgg"
-    weight: float = Field(0.1, ge=0)  # [I] appendix as transcribed by a public config; MAGVIT App. B.2
+    weight: float = Field(0.1, ge=0)  # [I] config; MAGVIT App. B.2
     start: int = Field(0, ge=0)  # optimizer step from which it counts
 
 
 class DiscriminatorConfig(Config):
     """StyleGAN's discriminator (Sec. 4.1: ~24 M parameters): channels of level i are base * multipliers[i]."""
 
-    base: int = Field(128, ge=1, le=4096)  # [I] with these multipliers 24.2 M at 256 px, as the paper says
+    base: int = Field(128, ge=1, le=4096)  # [I] config: with these multipliers 24.2 M at 256 px, as the paper says
     multipliers: list[float] = Field([1, 2, 4, 4, 4, 4], min_length=1, max_length=12)  # 512 px: [0.5, 1, 2, 4, 4, 4, 4]
     lr: float = Field(1e-4, gt=0)  # [I] MAGVIT: Adam, the generator's rate and betas
     betas: tuple[float, float] = (0.0, 0.99)
@@ -70,19 +71,19 @@ class AdversarialLoss(Config):
     """GAN with R1 and LeCAM (Sec. 3.2, following MAGVIT-v2), from one optimizer step on."""
 
     kind: Literal["non_saturating", "hinge"] = "non_saturating"
-    weight: float = Field(0.1, ge=0)  # [I] MAGVIT
-    start: int = Field(80_000, ge=0)  # [I]
+    weight: float = Field(0.1, ge=0)  # [I] config, MAGVIT
+    start: int = Field(80_000, ge=0)  # [I] config
     ramp: int = Field(0, ge=0)  # steps over which the generator's weight then grows from 0
     adaptive: bool = False  # scale the weight by the ratio of the gradients' norms at the last layer, as VQGAN
-    r1: float = Field(10.0, ge=0)  # [I] times E||grad_x D||^2, without 1/2
+    r1: float = Field(10.0, ge=0)  # [I] config, MAGVIT: times E||grad_x D||^2, without 1/2
     r1_every: int = Field(1, ge=1)  # k: applied every k-th step, times k
-    lecam: float = Field(1e-4, ge=0)  # [I]
-    lecam_decay: float = Field(0.999, ge=0, lt=1)
+    lecam: float = Field(1e-4, ge=0)  # [I] config
+    lecam_decay: float = Field(0.999, ge=0, lt=1)  # [I] MAGVIT
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 class Objective(Config):
-    """Losses on images in [0, 1]."""
+    """Losses on images in [0, 1] ([I] MAGVIT; in [-1, 1] the same l2 would weigh four times as much)."""
 
     l2: float = Field(1.0, ge=0)
     perceptual: PerceptualLoss | None = PerceptualLoss()
@@ -90,10 +91,10 @@ class Objective(Config):
 
 
 class OptimizerConfig(Config):
-    """Adam as in the paper's recipes [I], or Muon for the blocks' matrices with AdamW for the rest."""
+    """[I] MAGVIT's Adam, or Muon for the blocks' matrices with AdamW for the rest."""
 
     kind: Literal["adam", "adamw", "muon"] = "adam"
-    lr: float = Field(1e-4, gt=0)  # [I]
+    lr: float = Field(1e-4, gt=0)  # [I] config, MAGVIT
     betas: tuple[float, float] = (0.0, 0.99)  # [I] MAGVIT
     weight_decay: float = Field(0.0, ge=0)
     muon_lr: float = Field(0.02, gt=0)  # kind muon: the matrices' rate; lr is then everything else's
@@ -115,12 +116,12 @@ class TrainConfig(Config):
 
     seed: int = Field(0, ge=0, lt=2**32)
     start_from: str | None = None  # a model of the same configuration whose weights the run begins with: bundled name, path or hf://
-    batch_size: int = Field(256, ge=1)  # [I] global: over all processes
+    batch_size: int = Field(256, ge=1)  # [I] W.A.L.T; global: over all processes
     accumulate: int = Field(1, ge=1)  # forward and backward passes that a process's part of the batch is split into
     precision: Precision = "bf16"
     compile: bool = False
     checkpointing: bool = False  # compute each block but the last again in the backward pass instead of keeping its activations
-    ema: float = Field(0.999, ge=0, lt=1)  # [I]
+    ema: float = Field(0.999, ge=0, lt=1)  # [I] MAGVIT: at every step
     weights: Precision = "fp32"  # how OUT/model.safetensors stores them
     text_cache: bool = False  # embed every caption once, to disk, before training
     # A step whose gradient is not finite, or over `spike` times its running mean, is not taken; three in a row roll back.
@@ -142,7 +143,7 @@ class TokenizerTraining(TrainConfig):
 
 
 class GeneratorOptimizer(OptimizerConfig):
-    """AdamW as W.A.L.T's, whose schedule the paper's 350 epochs are [I]."""
+    """[I] AdamW as W.A.L.T's, whose schedule the paper's 350 epochs are."""
 
     kind: Literal["adam", "adamw", "muon"] = "adamw"
     lr: float = Field(5e-4, gt=0)
@@ -153,7 +154,7 @@ class GeneratorTraining(TrainConfig):
     """A generator's run."""
 
     batch_size: int = Field(1024, ge=1)  # [I] W.A.L.T
-    ema: float = Field(0.9999, ge=0, lt=1)  # DiT
+    ema: float = Field(0.9999, ge=0, lt=1)  # [I] DiT
     val_latents: int = Field(2048, ge=1)  # validation images behind the validation loss
     grid_images: int = Field(8, ge=0)  # samples drawn below the reconstructions of as many validation images, at every validation
 

@@ -1,7 +1,7 @@
 """The one schema of models: what a recipe says of one, it is built from and a checkpoint's header carries.
 
 Free of torch, so that the command line and the recipe tests start at once. Unknown keys are errors everywhere.
-Defaults are the paper's; their sources stand beside them ([I] inferred, as the recipes' notes say).
+Defaults are the paper's; their sources stand beside them ([I] inferred; recipes/base/tokenizer.yaml says from what).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class KLBottleneck(Config):
 
 
 class VQBottleneck(Config):
-    """Vector quantisation by l2-normalised codes (Appendix A names a VQ variant; its settings are not public: TA-TiTok's [I])."""
+    """Vector quantisation by l2-normalised codes (Appendix A names a VQ variant; its settings are not public: [I] TA-TiTok's)."""
 
     kind: Literal["vq"]
     codes: int = Field(8192, ge=2, le=1 << 20)
@@ -156,7 +156,7 @@ class TokenizerConfig(Config):
     """TexTok (Sec. 3.2), or with `condition: {source: none}` its Baseline."""
 
     image_size: int = Field(256, ge=8, le=8192)
-    patch_size: int = Field(8, ge=1, le=1024)  # [I] 8 at 256 px, 16 at 512 px
+    patch_size: int = Field(8, ge=1, le=1024)  # [I] config: 8 at 256 px, 16 at 512 px
     num_tokens: int = Field(32, ge=1, le=65536)
     latent_dim: int = Field(8, ge=1, le=4096)  # Sec. 4.1
     backbone: Annotated[Backbone, BeforeValidator(_size_of(SIZES))] = Field("B", validate_default=True)
@@ -249,8 +249,8 @@ class Prompt(Config):
 
     source: Literal["text"]
     encoder: TextEncoderConfig = TextEncoderConfig()
-    dropout: float = Field(0.1, ge=0, le=1)  # PixArt
-    null_tokens: int = Field(16, ge=1, le=4096)  # length of the learned sequence that stands for no caption
+    dropout: float = Field(0.1, ge=0, le=1)  # [I] PixArt
+    null_tokens: int = Field(16, ge=1, le=4096)  # [I] ours: length of the learned sequence that stands for no caption
 
 
 class DDPM(Config):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from texttok_cli.errors import DataError
 
-CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text"
+CLASS_TEXT = "a photo of a {}"  # Table 4a, "class text", of "a short text template" (Sec. 4.7); which one is not said: [I] ours
 WORDNET_ID = re.compile(r"n\d{8}")  # ImageNet's folders
 
 

@@ -45,6 +45,7 @@ class GeneratorTask:
         self.model = DiT(recipe.model).to(engine.device)
         if start is not None:
             self.model.load_state_dict(start.state_dict())
+        # [I] LightningDiT: the paper does not say whether its latents are standardised.
         self.model.latent_mean.copy_(torch.tensor(statistics.mean))
         self.model.latent_std.copy_(torch.tensor([std or 1.0 for std in statistics.std]))  # a channel that never varies stays as it is
         self.model.set_checkpointing(recipe.training.checkpointing)
