@@ -199,6 +199,14 @@ def _differing(a: dict, b: dict, *prefix: str) -> Iterator[tuple[str, ...]]:
             yield (*prefix, key)
 
 
+def test_a_bottleneck_of_another_kind_is_trained_as_the_default() -> None:
+    whole = load_recipe("tokenizer/texttok-128-256").model_dump()
+    for name, keys in (("kl", {"bottleneck"}), ("vq", {"bottleneck", "latent_dim"})):
+        other = load_recipe(f"ablations/{name}").model_dump()
+        assert {key for key in whole if whole[key] != other[key]} == {"model", "reproduces"}, name
+        assert {key for key in whole["model"] if whole["model"][key] != other["model"][key]} == keys, name
+
+
 def test_the_vanilla_setting_differs_in_optimisation_alone() -> None:
     ours, vanilla = (load_recipe(f"generator/dit-xl-256-256{suffix}") for suffix in ("", "-vanilla"))
     assert vanilla.model == ours.model
