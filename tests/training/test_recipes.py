@@ -16,8 +16,8 @@ from texttok_cli.training.plan import count_flops, count_generator_flops, plan
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.session import run_training
 
-# Parameters in millions, without what depends on the number of tokens (2 N D) and on the text width.
-T5_XL = {"S": 53.9, "B": 175.2, "L": 611.5}
+# Parameters in millions with 128 tokens and T5-XL's width.
+T5_XL = {"S": 53.92, "B": 175.34, "L": 611.59}
 NAMES = [name for name in recipe_names() if isinstance(load_recipe(name), TokenizerRecipe)]
 # DiT on 32 x 8 tokens with 1000 classes, without positions (the paper: XL 675 M).
 DIT = {"L": 457.8, "XL": 674.8}
@@ -63,9 +63,13 @@ def test_it_builds_at_its_real_size(name: str) -> None:
 
 
 def test_sizes_are_those_of_table_4e() -> None:
-    """The paper says 54 / 176 / 612 M; ours of size B is 0.6 M short of 176, as patch tokens of the detokenizer are their own positions."""
+    """The paper says 54 / 176 / 612 M. Ours of size B rounds to 175, and why is not known: the paper names no part that is missing.
+
+    A learned position for each of 128 text tokens in both halves would give 54.06 / 175.53 / 611.85 M, which round to the paper's
+    numbers, positions of the detokenizer's patch tokens would make L 613; the paper mentions neither.
+    """
     for name, size in (("ablations/4e-small", "S"), ("tokenizer/texttok-128-256", "B"), ("ablations/4e-large", "L")):
-        assert expected_millions(load_recipe(name)) == pytest.approx(T5_XL[size], rel=2e-3)
+        assert expected_millions(load_recipe(name)) == pytest.approx(T5_XL[size], abs=5e-3)
 
 
 def test_what_is_inferred_has_its_source_beside_it() -> None:
