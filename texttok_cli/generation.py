@@ -84,17 +84,16 @@ class Generator:
         classes: str | int | Sequence[str | int] | None = None,
         prompts: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
-        steps: int = 50,
-        cfg: str = "1.5",
+        steps: int | None = None,
+        cfg: str | None = None,
         sampler: str | None = None,
         batch_size: int = 32,
     ) -> Tensor:
         """Images uint8 (n, 3, S, S), 0 to 255, on the CPU, one for each class or prompt; one class or prompt alone is for all seeds.
 
         A class is its name (`flower/sunflower`, or `sunflower` if no other has that name) or id. Seeds are 0, 1, ... unless given;
-        the same seed gives the same image in any batch. `sampler` None is the default of the model's process; `steps` is the number
-        of sampling steps, `batch_size` the number of images made at a time. `cfg` is the guidance: `1.5`, `3.8:power-cosine=4`,
-        `1.8:interval=0,0.7`.
+        the same seed gives the same image in any batch. `sampler`, `steps` (their number) and `cfg` (the guidance: `1.5`,
+        `3.8:power-cosine=4`, `1.8:interval=0,0.7`) are the model's own unless given; `batch_size` is the number of images made at a time.
 
         Raises DataError for conditions that the model doesn't take, RecipeError for a `cfg` that can't be read, and as
         `generate` does.
@@ -122,9 +121,12 @@ class Generator:
         ids = {asked: self.class_id(asked) for asked in dict.fromkeys(conditions)}
         return [self._of_class(ids[asked], seed) for asked, seed in zip(conditions, seeds, strict=True)]
 
-    def sampling(self, sampler: str | None, steps: int, cfg: str) -> Sampling:
-        """With the process's default sampler if None. RecipeError for a cfg that can't be read."""
-        return Sampling(sampler or FITTING[self.dit.cfg.process.kind][0], steps, parse_cfg(cfg))
+    def sampling(self, sampler: str | None = None, steps: int | None = None, cfg: str | None = None) -> Sampling:
+        """How to sample; what is None is as the model's file says. RecipeError for a cfg that can't be read."""
+        own, default = self.dit.cfg.sampling, FITTING[self.dit.cfg.process.kind][0]
+        return Sampling(
+            sampler or own.sampler or default, own.steps if steps is None else steps, parse_cfg(own.cfg if cfg is None else cfg)
+        )
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
         """One batch: images uint8 (B, 3, S, S) on the CPU.

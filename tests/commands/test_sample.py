@@ -282,7 +282,6 @@ def test_processes_share_the_work(generators: Path, tmp_path: Path, by_class: Ru
         (["--class", "rose", "--sampler", "heun"], "sampler 'heun' is none of those of a ddpm model: ddpm, ddim, dpm++2m"),
         (["--class", "rose", "--tokenizer", "plain"], "makes the latents of tokenizer text"),
         (["--class", "rose", "--prompt", "a"], "--class and --prompt(s) exclude each other"),
-        (["--class", "rose", "--guide", "none", "--cfg", "1.0"], "--guide none: would not be used, as --cfg 1.0 means no guidance"),
         ([], "nothing to sample: give --class, --prompt or --prompts, or --labels"),
         (["--prompts", "none.txt"], "none.txt: no such file"),
         (["--class", "rose", "--captions", "none.jsonl"], "none.jsonl: no such file"),
@@ -293,6 +292,29 @@ def test_mistakes_are_one_line_and_leave_nothing(args: list[str], message: str, 
     run = by_class(*args, "-o", tmp_path / "out")
     assert run.code == 1 and message in one_line(run.err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_sampled_as_its_file_says_unless_told_otherwise(texttok: Run, generators: Path, tmp_path: Path) -> None:
+    own = {"sampler": "ddim", "steps": 3, "cfg": "1"}
+    save_tiny_generator(tmp_path / "own.safetensors", generators / "text.safetensors", BY_CLASS, sampling=own)
+    captions = shutil.copy(generators / "class.captions.jsonl", tmp_path / "own.captions.jsonl")
+    common = ("--class", "rose", "--tokenizer", generators / "text.safetensors", "--captions", captions, "--device", "cpu", "--quiet")
+
+    def made_by(name: str, *args: object) -> dict[str, Any]:
+        run = texttok("sample", "--model", tmp_path / "own.safetensors", *common, *args, "-o", tmp_path / name)
+        assert run.code == 0, run.err
+        return {key: lines(tmp_path / name)[0][key] for key in own}
+
+    assert made_by("own") == own
+    assert made_by("told", "--steps", 2, "--cfg", "3:power-cosine=4") == {"sampler": "ddim", "steps": 2, "cfg": "3:power-cosine=4"}
+    assert made_by("sampler", "--sampler", "ddpm") == {**own, "sampler": "ddpm"}
+    guided = ("--guide", generators / "class.safetensors")
+    assert made_by("guided", *guided, "--cfg", "2")["cfg"] == "2"
+    for model, args in (("own", []), ("class", ["--cfg", "1.0"])):
+        file = (tmp_path if model == "own" else generators) / f"{model}.safetensors"
+        run = texttok("sample", "--model", file, *common, *guided, *args, "-o", tmp_path / "none")
+        assert run.code == 1 and "class.safetensors: would not be used, as cfg 1 means no guidance" in one_line(run.err)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_text_models_do_not_take(by_text: Run, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from texttok_cli.config.schema import DDPM, Flow
-from texttok_cli.diffusion import SAMPLERS, SampleRng, build_process
+from texttok_cli.diffusion import FITTING, SAMPLERS, SampleRng, build_process
 from texttok_cli.diffusion.process import DDPMProcess, Denoised, Schedule
-from texttok_cli.diffusion.samplers import FITTING, Denoiser, schedule_for
+from texttok_cli.diffusion.samplers import Denoiser, schedule_for
 
 diffusers = pytest.importorskip("diffusers")
 

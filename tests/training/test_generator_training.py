@@ -330,6 +330,22 @@ def test_a_run_starts_from_a_generators_weights(recipe_file: RecipeFile, tmp_pat
     assert load_generator_file(tmp_path / "second" / "model.safetensors")[1].header.training["started_from_sha256"] == sha256_file(first)
 
 
+def test_how_a_model_is_sampled_is_in_its_file_and_no_part_of_its_training(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    out = tmp_path / "first"
+    with pytest.raises(Interrupted):
+        train(recipe_file(), out, report=stop_at(2))
+    written = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert written["model"].pop("sampling") == {"sampler": None, "steps": 50, "cfg": "1.5"}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(written))  # as one of before there was the section: the run goes on
+    train(recipe_file(), out, "model.sampling={steps: 250, cfg: 1}")
+    sampling = load_generator_file(out / "model.safetensors")[0].cfg.sampling
+    assert (sampling.sampler, sampling.steps, sampling.cfg) == (None, 250, "1")
+    start = f"training.start_from={out / 'model.safetensors'}"
+    train(recipe_file(), tmp_path / "second", start)
+    with pytest.raises(RecipeError, match=r"differs in model\.sampling\.steps\)"):
+        train(recipe_file(), tmp_path / "second", start, "model.sampling.steps=2")
+
+
 def test_a_twin_without_text_takes_prompts_from_a_list(
     encoded: Callable[..., Path], recipe_file: RecipeFile, tmp_path: Path, models: Path
 ) -> None:

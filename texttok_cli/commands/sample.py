@@ -38,13 +38,18 @@ def sample(
         typer.Option(help="Sample all classes: equally many, in proportion to training images, or drawn by the seeds. -n is the total."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="Images of each class or prompt; with --labels of all classes together.")] = 1,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps, else the model's own (the bundled ones' 50).")] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="ddpm (default), ddim or dpm++2m; for a flow model heun (default) or euler.", show_default=False)
+        str | None,
+        typer.Option(help="ddpm, ddim or dpm++2m; for a flow model heun or euler; else the model's own (the bundled ones' ddpm)."),
     ] = None,
     cfg: Annotated[
-        str, typer.Option(metavar="CFG", help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T); 1 means none.")
-    ] = "1.5",
+        str | None,
+        typer.Option(
+            metavar="CFG",
+            help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T), 1: none; else the model's own (the bundled ones' 1.5).",
+        ),
+    ] = None,
     guide: Annotated[
         str | None, typer.Option(metavar="G", help="A weaker generator for autoguidance, instead of the null condition.")
     ] = None,
@@ -72,6 +77,7 @@ def sample(
 ) -> None:
     """Make images of classes or prompts.
 
+    How a model is sampled its file says, unless --steps, --sampler or --cfg do.
     Every image depends on its seed and on what is asked for, not on the batch size. Rerun the same command after an
     interruption: existing images are kept. Under `torchrun -m texttok_cli sample ...` the processes share the work.
 
@@ -80,14 +86,11 @@ def sample(
     """
     from texttok_cli.commands.sample_folder import SampleFolder
     from texttok_cli.console import emit, progress, say
-    from texttok_cli.diffusion import parse_cfg
     from texttok_cli.generation import bundled_generator, load_generator
     from texttok_cli.metrics.processes import Processes
 
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
-    if guide is not None and parse_cfg(cfg).scale == 1:
-        raise DataError(f"--guide {guide}: would not be used, as --cfg {cfg} means no guidance: give another --cfg, or leave out --guide")
     processes = Processes()
     generator = load_generator(
         model or bundled_generator("class" if texts is None else "text"),
@@ -100,6 +103,8 @@ def sample(
     )
     requests = _requests(generator, classes, texts, labels, number, seed)
     how = generator.sampling(sampler, steps, cfg)
+    if guide is not None and how.guidance.scale == 1:
+        raise DataError(f"--guide {guide}: would not be used, as cfg 1 means no guidance: give another --cfg, or leave out --guide")
     made_by = _made_by(generator, how, labels)
     settings = {"format": format_, "images": len(requests), "seed": seed, "precision": precision, **made_by}
     where = generator.tokenizer.device.type  # the noise is drawn there, and other devices draw another

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from texttok_cli.config import Precision
+from texttok_cli.config.guidance import parse_cfg
+from texttok_cli.errors import RecipeError
 
 
 class Config(BaseModel):
@@ -277,6 +279,31 @@ class Flow(Config):
     shift: float = Field(1.0, gt=0)  # t' = s t / (1 + (s - 1) t) when sampling
 
 
+# The samplers of each kind of process, its default first.
+FITTING = {"ddpm": ("ddpm", "ddim", "dpm++2m"), "flow": ("heun", "euler")}
+
+
+class SamplingDefaults(Config):
+    """What `texttok sample` does with a model unless it is told otherwise; no training depends on it.
+
+    The defaults here are those of model files that do not say it.
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # cfg: 1.5
+
+    sampler: str | None = None  # one of the process's; None: its default
+    steps: int = Field(50, ge=1, le=100_000)
+    cfg: str = "1.5"  # guidance as `texttok sample --cfg` has it; 1 means none
+
+    @field_validator("cfg")
+    @classmethod
+    def _cfg_can_be_read(cls, text: str) -> str:
+        try:
+            return str(parse_cfg(text))
+        except RecipeError as err:
+            raise ValueError(str(err)) from None
+
+
 MAX_POSITIONS = 2**26  # numbers in the positions of a generator's tokens
 
 
@@ -287,6 +314,16 @@ class GeneratorConfig(Config):
     backbone: Annotated[Transformer, BeforeValidator(_size_of(DIT_SIZES))] = Field("XL", validate_default=True)
     condition: Annotated[ClassLabels | Prompt, Field(discriminator="source")] = ClassLabels()
     process: Annotated[DDPM | Flow, Field(discriminator="kind")] = DDPM()
+    sampling: SamplingDefaults = SamplingDefaults()
+
+    @model_validator(mode="after")
+    def _sampler_is_of_the_process(self) -> GeneratorConfig:
+        sampler, kind = self.sampling.sampler, self.process.kind
+        if sampler is not None and sampler not in FITTING[kind]:
+            raise ValueError(
+                f"sampling.sampler {sampler!r} is none of those of a {kind} model: null (its default), {', '.join(FITTING[kind])}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _positions_fit(self) -> GeneratorConfig:

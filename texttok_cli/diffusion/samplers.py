@@ -101,8 +101,6 @@ def schedule_for(sampler: str, process: Process, steps: int) -> Schedule:
 
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++2m": dpm_solver, "euler": ddim, "heun": heun}
-# Which of them go with which process, each one's default first.
-FITTING = {"ddpm": ("ddpm", "ddim", "dpm++2m"), "flow": ("heun", "euler")}
 
 
 def _steps(schedule: Schedule) -> list[tuple[float, float, float, float]]:

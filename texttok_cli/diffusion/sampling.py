@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from texttok_cli.config.schema import GeneratorConfig
-from texttok_cli.diffusion.guidance import Guidance
+from texttok_cli.config.guidance import Guidance
+from texttok_cli.config.schema import FITTING, GeneratorConfig
 from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
-from texttok_cli.diffusion.samplers import FITTING, SAMPLERS, Denoiser, SampleRng, schedule_for
+from texttok_cli.diffusion.samplers import SAMPLERS, Denoiser, SampleRng, schedule_for
 from texttok_cli.errors import RecipeError
 
 if TYPE_CHECKING:

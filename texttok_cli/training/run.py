@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from texttok_cli.training.report import Reporter
 
 
+SAMPLING = "sampling"  # the section of a generator that no training depends on
+
+
 class RunFolder:
     """Where one run keeps everything; made on the main process, read by all."""
 
@@ -63,13 +66,16 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if file.exists() and (self.metrics_path.exists() or self._states() or self.finished):
             try:  # by the schema: a field that is new since then has the value that it had before there was one
-                old = type(recipe).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+                said = yaml.safe_load(file.read_text(encoding="utf-8"))
+                old = type(recipe).model_validate(said)
             except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
                 raise RecipeError(
                     f"{file}: is not a recipe of this task and version, so its run can't be resumed; choose another --out"
                 ) from None
-            if old != recipe:
-                keys = _differing_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            keys = _differing_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            if SAMPLING not in said["model"]:  # the run is older than the section
+                keys = [key for key in keys if not key.startswith(f"model.{SAMPLING}.")]
+            if keys:
                 raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")
             return
         with atomic_path(file) as tmp:
@@ -155,7 +161,7 @@ def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> b
 def check_start(name: str, theirs: Config, ours: Config, *, same_tokenizer: bool = True) -> None:
     """RecipeError unless the model that `training.start_from` names is the recipe's, of the tokenizer that its latents are of."""
     said, asked = theirs.model_dump(), ours.model_dump()
-    differs = [key for key in asked if asked[key] != said[key]] or ([] if same_tokenizer else ["its tokenizer"])
+    differs = [key for key in asked if key != SAMPLING and asked[key] != said[key]] or ([] if same_tokenizer else ["its tokenizer"])
     if differs:
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {', '.join(differs)})")
 

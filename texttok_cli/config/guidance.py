@@ -1,4 +1,4 @@
-"""How strongly the condition is followed at each time: a constant, MDT's power-cosine, an interval, as text on the command line."""
+"""How strongly the condition is followed at each time: a constant, MDT's power-cosine, an interval, as text in recipes and commands."""
 
 from __future__ import annotations
 
