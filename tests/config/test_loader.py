@@ -105,6 +105,20 @@ def test_mistakes_are_one_clear_line(recipe: Path, override: str, message: str) 
     assert "\n" not in str(err.value)
 
 
+def test_how_a_model_is_sampled_is_checked_with_the_recipe() -> None:
+    sampling = load_recipe("generator/dit-xl-32-256", ["model.sampling={sampler: ddim, cfg: 2.0}"]).model.sampling
+    assert sampling.model_dump() == {"sampler": "ddim", "steps": 250, "cfg": "2"}
+    for override, message in (
+        ("model.sampling.cfg=strong", "model.sampling.cfg: cfg 'strong': 'strong' is not a number; give a scale such as 1.5"),
+        ("model.sampling.sampler=heun", "sampling.sampler 'heun' is none of those of a ddpm model: null (its default), ddpm, ddim"),
+        ("model.process={kind: flow}", "sampling.sampler 'ddpm' is none of those of a flow model: null (its default), heun, euler"),
+        ("model.sampling.steps=0", "model.sampling.steps: input should be greater than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError) as err:
+            load_recipe("generator/dit-xl-32-256", [override])
+        assert message in str(err.value) and "\n" not in str(err.value)
+
+
 def test_a_recipe_that_is_not_there_lists_close_names() -> None:
     with pytest.raises(RecipeError, match="did you mean tiny/texttok-32-128"):
         load_recipe("tiny/textok-32-128")

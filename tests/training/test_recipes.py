@@ -8,7 +8,7 @@ import pytest
 
 from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
-from texttok_cli.config.schema import ClassEmbedding, Prompt, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, Prompt, SamplingDefaults, TextCondition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import lr_scale
@@ -176,6 +176,22 @@ def test_twins_differ_in_what_they_reproduce_alone() -> None:
             assert {key for key in text if text[key] != twin[key]} == {"reproduces"}
 
 
+def test_a_row_is_sampled_as_its_table_says() -> None:
+    """Without guidance in Table 1, with it in the others; what is bundled, as its files, which do not say it."""
+    for name in GENERATORS:
+        recipe = load_recipe(name)
+        sampling = recipe.model.sampling
+        if name.startswith("tiny/"):
+            assert sampling == SamplingDefaults(), name
+            continue
+        assert (sampling.sampler, sampling.steps) == ("ddpm", 250), name
+        constant = {"dit-l": "1", "vanilla": "1.5"}
+        guidance = next((cfg for part, cfg in constant.items() if part in name), "3.8:power-cosine=4")
+        assert sampling.cfg == guidance, name
+        if recipe.reproduces.startswith("Table 1"):
+            assert "without guidance" in recipe.reproduces and guidance == "1", name
+
+
 def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
     about = {
         "4a-25-words": set(),  # by its captions alone, and what these may be
@@ -211,9 +227,9 @@ def test_a_bottleneck_of_another_kind_is_trained_as_the_default() -> None:
         assert {key for key in whole["model"] if whole["model"][key] != other["model"][key]} == keys, name
 
 
-def test_the_vanilla_setting_differs_in_optimisation_alone() -> None:
+def test_the_vanilla_setting_differs_in_optimisation_and_guidance_alone() -> None:
     ours, vanilla = (load_recipe(f"generator/dit-xl-256-256{suffix}") for suffix in ("", "-vanilla"))
-    assert vanilla.model == ours.model
+    assert vanilla.model.model_copy(update={"sampling": ours.model.sampling}) == ours.model
     assert (vanilla.optimizer.lr, vanilla.training.batch_size, lr_scale(0, vanilla.schedule)) == (1e-4, 256, 1.0)
     assert lr_scale(vanilla.schedule.steps - 1, vanilla.schedule) == 1.0
     for recipe in (ours, vanilla):
