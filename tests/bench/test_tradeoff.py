@@ -9,9 +9,11 @@ import torch
 from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.tradeoff import PointStore, Series, Setting, TextGain, load_spec, measure_point, settings, summarize, text_gain
+from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.errors import DataError, RecipeError
 
 Make = Callable[..., TradeoffResult]
+SPECS = Path(__file__).parents[2] / "benchmarks" / "specs"
 SETTING = Setting("A", 10, "ddim", "1.5")
 SPEC = """
 name: sweep
@@ -58,6 +60,29 @@ def test_a_wrong_spec_is_one_line_with_its_key(change: tuple[str, str], message:
     assert "\n" not in str(caught.value) and "spec.yaml" in str(caught.value)
     with pytest.raises(RecipeError, match="No such file"):
         load_spec(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_spec_names_the_runs_of_recipes(path: Path) -> None:
+    """A run is called as its recipe, or by the --out of the commands on top of the spec."""
+    spec, recipes = load_spec(path), [name.rpartition("/")[2] for name in recipe_names()]
+    assert spec.name == path.stem
+    for series in spec.series:
+        assert settings(series)
+        for file in filter(None, (series.generator, series.tokenizer)):
+            run = Path(file).parent.name
+            assert not file.startswith("runs/") or run in recipes or f"--out runs/{run}\n" in path.read_text(), file
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_figure_4_names_generators_with_their_tokenizers_and_samples_them_as_their_recipes_do(size: int) -> None:
+    _, *textok = load_spec(SPECS / f"tradeoff-imagenet-{size}.yaml").series
+    for tokens, series in zip((32, 64, 128, 256), textok, strict=True):
+        generator, tokenizer = (Path(str(file)).parent.name for file in (series.generator, series.tokenizer))
+        assert (series.name, generator, tokenizer) == (f"TexTok-{tokens} + DiT-XL", f"dit-xl-{tokens}-{size}", f"texttok-{tokens}-{size}")
+        assert series.captions is not None
+        sampling = load_recipe(f"generator/{generator}").model.sampling
+        assert (series.sampler, max(series.steps), series.cfg) == ([sampling.sampler], sampling.steps, [sampling.cfg])
 
 
 def test_a_point_has_the_median_batch_s_time_and_all_its_samples_are_scored() -> None:
