@@ -112,7 +112,8 @@ class TexTok(nn.Module):
             trunc_normal(table, 0.5 if scaled else 0.02)
         if scaled:
             blocks = [m for m in self.modules() if isinstance(m, Block)]
-            for linear in [out for block in blocks for out in block.residual_outputs()] + [self.to_pixels]:
+            projections = [half.project.proj for half in (self.tokenizer, self.detokenizer) if half.project is not None]
+            for linear in [out for block in blocks for out in block.residual_outputs()] + [self.to_pixels, *projections]:
                 nn.init.zeros_(linear.weight)
 
 
