@@ -47,7 +47,8 @@ def sample(
         str | None,
         typer.Option(
             metavar="CFG",
-            help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T), 1: none; else the model's own (the bundled ones' 1.5).",
+            help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T), 1.5:channels=3 (the first), 1: none; else the model's own"
+            " (the bundled ones' 1.5).",
         ),
     ] = None,
     guide: Annotated[
@@ -77,7 +78,7 @@ def sample(
 ) -> None:
     """Make images of classes or prompts.
 
-    How a model is sampled its file says, unless --steps, --sampler or --cfg do.
+    The model's file says how it is sampled, where --steps, --sampler and --cfg don't.
     Every image depends on its seed and on what is asked for, not on the batch size. Rerun the same command after an
     interruption: existing images are kept. Under `torchrun -m texttok_cli sample ...` the processes share the work.
 
