@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from texttok_cli.errors import DataError
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
+from texttok_cli.metrics import processes as processes_module
 from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
 from texttok_cli.metrics.image import psnr
 from texttok_cli.metrics.inception import Features
-from texttok_cli.metrics.processes import run_pass
+from texttok_cli.metrics.processes import Processes, run_pass
 from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.metrics.registry import METRICS, check_images, check_names
 from texttok_cli.metrics.sources import Images
@@ -172,6 +174,101 @@ def test_an_interrupted_pass_goes_on(paired: bool, fake: None, tmp_path: Path, m
     assert sum(told) == len(work) + 8  # the third batch was seen, and not saved
     for name, value in whole.items():
         assert second.compute()[name][0] == pytest.approx(value, rel=1e-8), name
+
+
+def seen(batches: Iterator[Batch]) -> list[tuple[bool, int]]:
+    return [(batch.samples is None, index) for batch in batches for index in batch.indices.tolist()]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pass_goes_on_from_any_image(paired: bool, rank: int) -> None:
+    """Within the samples, at their end, and within the references."""
+    work = Work(Drawn(7, 0), Drawn(7 if paired else 9, 1), paired=paired, rank=rank, size=2)
+    whole = seen(work.batches(2))
+    assert len(whole) == len(work) == len(set(whole))
+    for start in range(len(work) + 1):
+        assert seen(work.batches(3, start=start)) == whole[start:]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("reconstruct", [None, lambda images, indices: images])
+def test_every_sample_has_its_own_caption(paired: bool, reconstruct: Any) -> None:
+    captions = [f"caption {i}" for i in range(7)]
+    work = Work(Drawn(7, 0), Drawn(7, 1), paired=paired, captions=captions, reconstruct=reconstruct if paired else None, rank=1, size=2)
+    batches = [batch for batch in work.batches(2) if batch.samples is not None]
+    assert [batch.captions for batch in batches] == [["caption 1", "caption 3"], ["caption 5"]]
+
+
+class FakeClip:
+    """Scores that are 0, and a caption cut off in every batch."""
+
+    name, sha256 = "clip", "0" * 64
+
+    def __init__(self, truncated: int = 0) -> None:
+        self.truncated = truncated
+
+    def cosines(self, images: torch.Tensor, captions: Sequence[str], *, prefixes: Sequence[str]) -> torch.Tensor:
+        self.truncated += 1
+        return torch.zeros(len(images), len(prefixes))
+
+
+def test_a_resumed_pass_counts_its_images_and_cut_captions_as_one_that_was_not_interrupted(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "SAVE_EVERY", 0)
+    work = Work(Drawn(10, 0), Drawn(9, 1), paired=False, captions=["a caption"] * 10)
+    for stop_at in (2, 7):  # within the samples and within the references
+        state, batches = tmp_path / str(stop_at), []
+
+        def stop(batch: Batch, batches: list[Batch] = batches, last: int = stop_at) -> None:
+            batches.append(batch)
+            if len(batches) == last:
+                raise Interrupted
+
+        def run(on_batch: Any, state: Path = state) -> Evaluator:
+            evaluator = Evaluator(["fid", "clip-score"], clip=FakeClip())  # type: ignore[arg-type]
+            run_pass(evaluator, work, batch_size=2, state=state, identity={}, on_resume=lambda done: None, on_batch=on_batch)
+            return evaluator
+
+        with pytest.raises(Interrupted):
+            run(stop)
+        found = run(lambda batch: None)
+        assert (found.evidence.samples.n, found.evidence.references.n) == (10, 9)
+        assert found.clip is not None and found.clip.truncated == 5
+
+
+def test_the_first_process_takes_in_what_each_of_the_others_found_once(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the group's part played: what a process says, and what the first is told."""
+    metrics, found = ["fid", "clip-score"], []
+    samples, references = Drawn(50, 0), Drawn(45, 1)
+    whole = scores(Work(samples, references, paired=False), ["fid"], 10)
+    for rank in range(3):
+        pair = []
+        for number in range(2):
+            evaluator = Evaluator(metrics, clip=FakeClip(100**number))  # type: ignore[arg-type]
+            for batch in Work(samples, references, paired=False, captions=["a caption"] * 50, rank=rank, size=3).batches(50):
+                evaluator.update(batch)
+            pair.append(evaluator)
+        found.append(pair)
+    said: list[Any] = []
+    monkeypatch.setattr(processes_module.dist, "init_process_group", lambda *given, **more: None)
+
+    def gather(mine: Any, others: list[Any] | None) -> None:
+        said.append(mine)
+        if others is not None:
+            others[:] = [mine, *said[:-1]]
+
+    monkeypatch.setattr(processes_module.dist, "gather_object", gather)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (1, 2, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        truncated = Processes().merge(found[rank])
+    assert truncated == [3 * (1 + 1), 3 * (100 + 1)]
+    for evaluator in found[0]:
+        assert (evaluator.evidence.samples.n, evaluator.evidence.references.n) == (50, 45)
+        assert len(evaluator.evidence.by_image["clip-score"].in_order()) == 50
+        assert evaluator.compute()["fid"][0] == pytest.approx(whole["fid"], rel=1e-6)
 
 
 def test_a_reconstruction_is_compared_with_its_original(fake: None) -> None:

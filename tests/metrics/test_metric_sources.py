@@ -32,6 +32,14 @@ def test_an_adm_batch_is_read_in_parts(save: Callable[..., None], tmp_path: Path
     assert torch.equal(torch.cat([images for _, images in parts]), expected[[1, 3, 4]])
 
 
+def test_the_first_image_of_a_batch_is_read_too_and_again(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", batch())
+    found = NpzImages(tmp_path / "samples.npz")
+    for _ in range(2):
+        [(indices, images)] = found.batches([0, 4], 8)
+        assert indices.tolist() == [0, 4] and torch.equal(images, torch.from_numpy(batch()).permute(0, 3, 1, 2)[[0, 4]])
+
+
 def test_a_written_batch_is_numpys(tmp_path: Path) -> None:
     images = torch.from_numpy(batch()).permute(0, 3, 1, 2)
     with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:

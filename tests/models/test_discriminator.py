@@ -46,6 +46,36 @@ def test_the_filter_is_1331_with_zeros_around() -> None:
             torch.testing.assert_close(halved[0, :, i, j].double(), torch.einsum("cij,i,j->c", window, weights, weights), atol=1e-6, rtol=0)
 
 
+def test_it_is_the_networks_formula() -> None:
+    """In float64, operation by operation: leaky ReLUs of slope 0.2, blurs as convolutions, and residual sums over sqrt 2."""
+    torch.manual_seed(0)
+    discriminator = Discriminator(16, base=4, multipliers=(1, 2))
+    weights = {name: value.double() for name, value in discriminator.state_dict().items()}
+
+    def conv(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def act(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, x, x / 5)
+
+    def halve(x: torch.Tensor) -> torch.Tensor:
+        row = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8
+        return F.conv2d(x, (row[:, None] * row).expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])
+
+    for name in weights:
+        if name.endswith("bias"):
+            weights[name] = 0.1 * torch.randn_like(weights[name])
+    discriminator.load_state_dict(weights)
+    h = act(conv(images().double(), "from_rgb"))
+    for block in ("blocks.0", "blocks.1"):
+        long = act(conv(halve(act(conv(h, f"{block}.conv1"))), f"{block}.conv2"))
+        h = (long + conv(halve(h), f"{block}.shortcut")) / 2**0.5
+    h = act(act(conv(h, "conv")).flatten(1) @ weights["hidden.weight"].T + weights["hidden.bias"])
+    expected = h @ weights["logit.weight"][0] + weights["logit.bias"]
+    torch.testing.assert_close(discriminator(images()).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_image_is_judged_alone() -> None:
     """No statistics over the batch."""
     torch.manual_seed(0)
