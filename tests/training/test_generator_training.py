@@ -18,11 +18,16 @@ from safetensors.torch import load_file
 
 from texttok_cli.checkpoint import caption_hash, load_generator_file
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.data import Dataset, open_dataset
 from texttok_cli.data.latents import LatentBatch, LatentStore
-from texttok_cli.diffusion import build_process
+from texttok_cli.data.loader import SampleStream
+from texttok_cli.diffusion import Sampling, build_process
 from texttok_cli.errors import DataError, RecipeError, TextTokError
 from texttok_cli.files import sha256_file
+from texttok_cli.inference import encode_dataset, load_tokenizer
 from texttok_cli.models.condition import Condition
+from texttok_cli.token_folder import TokenFolder
+from texttok_cli.training import generator_session
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask, with_dropped
 from texttok_cli.training.loop import Interrupted
@@ -360,6 +365,97 @@ def test_a_twin_without_text_takes_prompts_from_a_list(
     train(recipe, tmp_path / "with", f"data.captions={captions}")
     _, info = load_generator_file(tmp_path / "with" / "model.safetensors")
     assert info.train_captions.tolist() == sorted(caption_hash(f"about {image_id}") for image_id in ids)
+
+
+# ------------------------------------------------------------------ which images, under which conditions
+
+
+@pytest.fixture
+def store_of(tmp_path: Path, models: Path, pictures: Path) -> Callable[..., Path]:
+    """Folder of the tokens of some of the pictures, of which the first seven are `even` and the others `odd`, with other captions."""
+
+    def encode(name: str, chosen: Sequence[int]) -> Path:
+        tokenizer = load_tokenizer(models / "text.safetensors", device="cpu")
+        items = open_dataset([pictures]).items
+        dataset, texts = Dataset([items[i] for i in chosen]), [f"{name} {i}" for i in chosen]
+        folder = TokenFolder(tmp_path / name, model_name="text", model_sha256=tokenizer.info.sha256, dtype="fp16", shard_size=100)
+        for _, tokens in encode_dataset(tokenizer, dataset, texts, batch_size=100, on_error=pytest.fail):
+            folder.add(tokens)
+        folder.finish()
+        return tmp_path / name
+
+    return encode
+
+
+def test_validation_is_of_images_spread_over_their_own_set_under_their_own_conditions(
+    recipe_file: RecipeFile, store_of: Callable[..., Path], tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = store_of("val", [0, 1, 7, 2, 8, 9])
+    seen: list[tuple[list[int], torch.Tensor, list[int]]] = []
+
+    def validate(task: GeneratorTask, dit: Any, condition: Any, batches: Any) -> dict[str, float]:
+        seen.extend((batch.indices.tolist(), batch.z, condition(batch.indices.tolist())["class_ids"].tolist()) for batch in batches)
+        return {"val_mse": 0.0}
+
+    monkeypatch.setattr(GeneratorTask, "validate", validate)
+    training = {**TINY["training"], "val_latents": 3, "grid_images": 0}
+    train(recipe_file(data={"val": [str(validation)]}, training=training, schedule={"steps": 1}), tmp_path / "run")
+    z = LatentStore.open([validation], made_by=[sha256_file(models / "text.safetensors")]).z.float()
+    [(indices, latents, classes)] = seen
+    assert indices == [0, 2, 4] and torch.equal(latents, z[[0, 2, 4]]) and classes == [0, 1, 1]
+
+
+def test_the_file_knows_the_captions_and_class_counts_of_the_training_images_alone(
+    recipe_file: RecipeFile, store_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = {"train": [str(store_of("train", range(9)))], "val": [str(store_of("val", range(5, 14)))]}
+    training = {**TINY["training"], "grid_images": 0}
+    for name, condition in (("class", TINY["model"]["condition"]), ("text", TEXT)):
+        recipe = recipe_file(data=data, training=training, schedule={"steps": 1}, model={**TINY["model"], "condition": condition})
+        train(recipe, tmp_path / name)
+        _, info = load_generator_file(tmp_path / name / "model.safetensors")
+        assert info.train_captions.tolist() == sorted(caption_hash(f"train {i}") for i in range(9))
+        counts = (["even", "odd"], [7, 2]) if name == "class" else (None, None)
+        assert (info.header.classes, info.header.class_counts) == counts
+
+
+def test_batches_are_drawn_by_the_recipe_s_seed(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    honest = GeneratorTask.step
+    monkeypatch.setattr(GeneratorTask, "step", lambda task, batch, n: drawn.extend(batch.indices.tolist()) or honest(task, batch, n))
+    for seed in (5, 6):
+        drawn.clear()
+        train(recipe_file(), tmp_path / str(seed), f"training.seed={seed}", "schedule.steps=3")
+        assert drawn == SampleStream(28, seed).indices(0, 12).tolist()
+
+
+@pytest.mark.parametrize(("dropout", "cfg"), [(0.5, "1.5"), (0.0, "1")])
+def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be_some(
+    dropout: float,
+    cfg: str,
+    recipe_file: RecipeFile,
+    store_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[Sampling, list[int], list[int]]] = []
+
+    def sample(dit: Any, how: Sampling, *, seeds: Sequence[int], class_ids: torch.Tensor, autocast: bool) -> torch.Tensor:
+        asked.append((how, list(seeds), class_ids.tolist()))
+        return torch.zeros(len(seeds), 4, 8)
+
+    monkeypatch.setattr(generator_session, "sample", sample)
+    validation = store_of("val", [8, 7, 9, 1])  # the second of two is not the training set's
+    recipe = recipe_file(
+        data={"val": [str(validation)]},
+        model={**TINY["model"], "condition": {**TINY["model"]["condition"], "dropout": dropout}},
+        training={**TINY["training"], "val_every": 1},
+        schedule={"steps": 2},
+    )
+    train(recipe, tmp_path / "run")
+    assert len(asked) == 2 and asked[0] == asked[1]
+    how, seeds, classes = asked[0]
+    assert (how.steps, str(how.guidance), seeds, classes) == (50, cfg, [0, 1], [1, 1])
 
 
 # ------------------------------------------------------------------ real processes
