@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -405,18 +406,27 @@ def test_validation_is_of_images_spread_over_their_own_set_under_their_own_condi
     assert indices == [0, 2, 4] and torch.equal(latents, z[[0, 2, 4]]) and classes == [0, 1, 1]
 
 
-def test_the_file_knows_the_captions_and_class_counts_of_the_training_images_alone(
-    recipe_file: RecipeFile, store_of: Callable[..., Path], tmp_path: Path
+def test_the_file_knows_captions_class_counts_and_statistics_of_the_training_images_alone(
+    recipe_file: RecipeFile, store_of: Callable[..., Path], tmp_path: Path, models: Path
 ) -> None:
     data = {"train": [str(store_of("train", range(9)))], "val": [str(store_of("val", range(5, 14)))]}
     training = {**TINY["training"], "grid_images": 0}
+    latents = LatentStore.open([Path(data["train"][0])], made_by=[sha256_file(models / "text.safetensors")]).z.double().flatten(0, 1)
     for name, condition in (("class", TINY["model"]["condition"]), ("text", TEXT)):
         recipe = recipe_file(data=data, training=training, schedule={"steps": 1}, model={**TINY["model"], "condition": condition})
         train(recipe, tmp_path / name)
-        _, info = load_generator_file(tmp_path / name / "model.safetensors")
+        dit, info = load_generator_file(tmp_path / name / "model.safetensors")
+        torch.testing.assert_close(dit.latent_mean.double(), latents.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(dit.latent_std.double(), latents.std(0, correction=0), rtol=1e-5, atol=1e-6)
         assert info.train_captions.tolist() == sorted(caption_hash(f"train {i}") for i in range(9))
         counts = (["even", "odd"], [7, 2]) if name == "class" else (None, None)
         assert (info.header.classes, info.header.class_counts) == counts
+
+
+def test_the_file_s_weights_are_as_precise_as_asked(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    state = train(recipe_file(), tmp_path / "run", "training.weights=bf16", "schedule.steps=1")
+    stored = load_file(tmp_path / "run" / "model.safetensors")["embed.weight"]
+    assert stored.dtype == torch.bfloat16 and torch.equal(stored, state["ema.embed.weight"].bfloat16())
 
 
 def test_batches_are_drawn_by_the_recipe_s_seed(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +446,7 @@ def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be
     recipe_file: RecipeFile,
     store_of: Callable[..., Path],
     tmp_path: Path,
+    models: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[Sampling, list[int], list[int]]] = []
@@ -445,7 +456,7 @@ def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be
         return torch.zeros(len(seeds), 4, 8)
 
     monkeypatch.setattr(generator_session, "sample", sample)
-    validation = store_of("val", [8, 7, 9, 1])  # the second of two is not the training set's
+    validation = store_of("val", [8, 1, 9, 2])  # of which the first and the third are drawn
     recipe = recipe_file(
         data={"val": [str(validation)]},
         model={**TINY["model"], "condition": {**TINY["model"]["condition"], "dropout": dropout}},
@@ -456,6 +467,12 @@ def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be
     assert len(asked) == 2 and asked[0] == asked[1]
     how, seeds, classes = asked[0]
     assert (how.steps, str(how.guidance), seeds, classes) == (50, cfg, [0, 1], [1, 1])
+    tokenizer = load_tokenizer(models / "text.safetensors", device="cpu")
+    z = LatentStore.open([validation], made_by=[tokenizer.info.sha256]).z.float()
+    rows = [tokenizer.decode(latents, ["val 8", "val 9"]) for latents in (z[[0, 2]], torch.zeros(2, 4, 8))]
+    with Image.open(tmp_path / "run" / "grids" / "step-00000002.png") as grid:
+        drawn = torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+    assert (drawn.int() - torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).int()).abs().max() <= 1
 
 
 # ------------------------------------------------------------------ real processes

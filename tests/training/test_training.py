@@ -220,6 +220,15 @@ def test_a_spike_is_a_bad_step_and_leaves_the_running_mean_alone() -> None:
     assert guard.accepts(torch.tensor(50.0)) and guard.typical == 50
 
 
+def test_bad_steps_between_good_ones_are_no_reason_to_roll_back() -> None:
+    guard, good, bad = Guard(spike=None), torch.tensor(1.0), torch.tensor(float("nan"))
+    assert [guard.accepts(norm) for norm in (bad, bad, good, bad, good, bad, bad)] == [False, False, True, False, True, False, False]
+    assert not guard.wants_roll_back and guard.skipped == 5
+    assert not guard.accepts(bad) and guard.wants_roll_back
+    guard.reset(skipped=6)
+    assert not guard.wants_roll_back and guard.skipped == 6
+
+
 def test_a_loss_that_starts_late_makes_the_guard_begin_anew(recipe_file: RecipeFile, tmp_path: Path) -> None:
     state = train(recipe_file(objective={"adversarial": {"start": 4}}, schedule={"steps": 6}), tmp_path / "run")
     assert state["guard.taken"] == 2
