@@ -158,6 +158,16 @@ def test_a_dataset_is_encoded_with_its_record(dtype: str, tokenizer: Tokenizer, 
     assert (header.mean is not None) == (dtype == "int8")
 
 
+def test_int8_is_scaled_by_the_model_s_own_statistics(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    draw(tmp_path / "a.png")
+    with torch.no_grad():
+        tokenizer.model.latent_mean.copy_(torch.linspace(-0.5, 0.25, 8))
+        tokenizer.model.latent_std.copy_(torch.linspace(0.5, 1.5, 8))
+    [(_, tokens)] = encode_dataset(tokenizer, open_dataset([tmp_path]), ["a"], dtype="int8", batch_size=1, on_error=unexpected)
+    assert tokens.header.mean == pytest.approx(torch.linspace(-0.5, 0.25, 8).tolist())
+    assert tokens.header.std == pytest.approx(torch.linspace(0.5, 1.5, 8).tolist())
+
+
 @pytest.mark.parametrize(
     ("item_id", "caption", "reason"),
     [

@@ -69,6 +69,28 @@ def test_the_paper_s_gain_from_text_stands_beside_an_unguided_one_alone(cfg: str
     assert name.startswith("mean gain in FID from text") and name.endswith(said) and (ours, beside) == ("25.0 %", theirs)
 
 
+def test_a_point_s_cells_and_the_mean_gain_from_text_are_its_own(tradeoff_result: Make) -> None:
+    points = [("Baseline-32", 50, 0.5, 10.0), ("TexTok-32", 50, 0.25, 9.0), ("Baseline-64", 50, 1.0, 8.0), ("TexTok-64", 50, 2.0, 6.0)]
+    tokens = {"Baseline-32": 32, "TexTok-32": 32, "Baseline-64": 64, "TexTok-64": 64}
+    sweep = tradeoff_result(*points, tokens=tokens, reference=None)
+    table, follows = tradeoff_tables(sweep)
+    assert table.rows[1] == ["TexTok-32", "32", "50", "ddim", "1.5", "0.25", "9.00", "8"]
+    assert table.rows[2] == ["Baseline-64", "64", "50", "ddim", "1.5", "1", "8.00", "8"]
+    assert [row[1] for row in follows.rows] == ["17.5 %"]
+
+
+def test_an_evaluation_s_row_says_its_number_images_references_and_warnings(drawn: list[Any], tmp_path: Path) -> None:
+    one, other = rfid("mine", 12.3456, n=5000), rfid("texttok-32-256", 9.0)
+    later = rfid("texttok-32-256", 8.123456, model_sha256="another")
+    one.warnings.append("few images")
+    save_report(tmp_path / "in" / "a.json", Report(results=[one, other, later]))
+    (tmp_path / "out").mkdir()
+    write_report(find_results([tmp_path / "in"]), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a | mine | rfid | 12.35 | 5,000 | val | few images |" in text
+    assert "| texttok, 256 px | 9, 8.123 |" in text
+
+
 def test_a_reference_that_nobody_reaches_is_said(tradeoff_result: Make) -> None:
     _, follows = tradeoff_tables(tradeoff_result(("B", 50, 0.1, 1.0), ("A", 50, 0.5, 5.0), tokens={"B": 256, "A": 32}))
     assert [row[1] for row in follows.rows] == ["no setting reaches it"] * 2
