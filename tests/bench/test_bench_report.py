@@ -79,6 +79,17 @@ def test_a_point_s_cells_and_the_mean_gain_from_text_are_its_own(tradeoff_result
     assert [row[1] for row in follows.rows] == ["17.5 %"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, ""), ({"shared": True}, ", shared with other work (load 0.1)"), ({"clock": "cpu"}, ", processor time")]
+)
+def test_a_machine_s_load_and_clock_are_said_where_they_are_unusual(
+    changes: dict[str, Any], said: str, latency_result: LatencyResult
+) -> None:
+    machine = latency_result.machine.model_copy(update=changes)
+    table = target_table("t", latency_result.model_copy(update={"machine": machine}))
+    assert table.remark == f"a processor, 1 thread(s), torch 2.14, 2026-11-24{said}"
+
+
 def test_an_evaluation_s_row_says_its_number_images_references_and_warnings(drawn: list[Any], tmp_path: Path) -> None:
     one, other = rfid("mine", 12.3456, n=5000), rfid("texttok-32-256", 9.0)
     later = rfid("texttok-32-256", 8.123456, model_sha256="another")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer, _as_trained
+from texttok_cli.metrics.clip import DEFAULT_NAME, DEFAULT_WEIGHTS, HESSEL_PREFIX, ClipScorer, _as_trained
 from texttok_cli.metrics.evaluator import Batch, Evaluator
 
 open_clip = pytest.importorskip("open_clip")
@@ -78,6 +78,19 @@ def test_captions_that_do_not_fit_are_counted(weights: Path) -> None:
     assert scorer.truncated == 2
 
 
+def test_the_published_prefix_stands_before_the_caption_and_takes_its_room(scorer: ClipScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hessel et al.'s own code puts it: with a space."""
+    read: list[str] = []
+    honest = scorer.tokenize
+    monkeypatch.setattr(scorer, "tokenize", lambda texts, **how: read.extend(texts) or honest(texts, **how))
+    monkeypatch.setattr(scorer.tokenize, "context_length", honest.context_length, raising=False)
+    monkeypatch.setattr(scorer, "truncated", 0)
+    evaluator = Evaluator(["clipscore-hessel"], clip=scorer)
+    evaluator.update(Batch(torch.tensor([0, 1]), images(), None, ["a red apple", " ".join(["dog"] * 8)]))
+    assert set(read) == {"A photo depicts a red apple", "A photo depicts dog dog dog dog dog dog dog dog"}
+    assert scorer.truncated == 1  # ten words just fit
+
+
 class Words:
     """A tokenizer as Hugging Face's in open_clip: a token a word, an end token, cut or padded to the length."""
 
@@ -142,6 +155,11 @@ def test_quick_gelu_is_that_of_the_published_weights(weights: Path) -> None:
     for name, of in (("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-B-32", str(weights)), ("ViT-B-16-SigLIP", "webli")):
         assert not _as_trained(name, of)["force_quick_gelu"], name
     assert _as_trained("RN50", str(weights))["force_quick_gelu"]  # as all that are published
+
+
+def test_the_default_is_the_network_clipscore_was_published_with_and_nothing_in_it_is_random(scorer: ClipScorer) -> None:
+    assert (DEFAULT_NAME, DEFAULT_WEIGHTS) == ("ViT-B-32-quickgelu", "openai")
+    assert not any(module.training for module in scorer.model.modules())
 
 
 def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:

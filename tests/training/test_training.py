@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,10 +22,11 @@ from safetensors.torch import load_file
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.data import TrainLoader, open_dataset
+from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
 from texttok_cli.files import alone_in, sha256_file
 from texttok_cli.models.discriminator import Discriminator
+from texttok_cli.text import load_text_encoder
 from texttok_cli.training import session
 from texttok_cli.training.conditioning import class_ids
 from texttok_cli.training.guard import Guard
@@ -295,6 +297,43 @@ def test_a_validation_that_was_cut_off_is_made_when_the_run_goes_on(recipe_file:
     (tmp_path / "run" / "model.safetensors").unlink()
     train(recipe, tmp_path / "run")
     assert metrics(tmp_path / "run", "val_psnr") == whole[-1:]
+
+
+def test_validation_is_of_images_spread_over_their_own_set_with_their_own_captions(
+    recipe_file: RecipeFile, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sorted(pictures.rglob("*.png"))[:5]
+    (tmp_path / "val").mkdir()
+    for i, path in enumerate(source):
+        shutil.copy(path, tmp_path / "val" / f"{i}.png")
+        (tmp_path / "val" / f"{i}.txt").write_text(f"validation image {i}")
+    seen: dict[str, tuple[list[int], torch.Tensor, Any]] = {}
+
+    def validate(task: TokenizerTask, condition: Any, batches: Any, inception: Any) -> dict[str, float]:
+        [batch] = batches
+        seen["numbers"] = (batch.indices.tolist(), batch.images, condition(batch.indices.tolist())["cond"])
+        return {"val_psnr": 0.0}
+
+    def reconstruct(task: TokenizerTask, condition: Any, batch: Any) -> torch.Tensor:
+        seen["grid"] = (batch.indices.tolist(), batch.images, condition(batch.indices.tolist())["cond"])
+        return batch.images // 2
+
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
+    monkeypatch.setattr(TokenizerTask, "reconstruct_uint8", reconstruct)
+    recipe = recipe_file(data={"val": [str(tmp_path / "val")]}, training={"val_images": 3, "grid_images": 2}, schedule={"steps": 1})
+    train(recipe, tmp_path / "run")
+    chosen = {"numbers": [0, 1, 3], "grid": [0, 2]}
+    for name, indices in chosen.items():
+        found, images, cond = seen[name]
+        originals = torch.stack([to_tensor(center_crop(Image.open(source[i]).convert("RGB"), 32)) for i in indices])
+        expected = load_text_encoder(load_recipe(str(recipe)).model.condition.encoder, device="cpu", offline=True)(
+            [f"validation image {i}" for i in indices]
+        )
+        assert found == indices and torch.equal(images, originals) and torch.equal(cond.tokens, expected.tokens)
+    with Image.open(tmp_path / "run" / "grids" / "step-00000001.png") as grid:
+        drawn = torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+    rows = (seen["grid"][1], seen["grid"][1] // 2)
+    assert torch.equal(drawn, torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
 
 
 def test_signals_to_the_whole_job_leave_the_workers_at_work(pictures: Path) -> None:

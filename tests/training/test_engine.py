@@ -1,0 +1,41 @@
+"""What the engine says of one process: parts of a batch, and draws that are a function of seed, step and process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from texttok_cli.config.loader import load_recipe
+from texttok_cli.training.engine import Engine
+
+
+@pytest.fixture
+def engine(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Engine]:
+    return lambda *overrides: Engine(load_recipe(str(recipe_file()), overrides).training, out=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_batch_is_seen_whole_in_equal_parts_and_its_numbers_are_means(parts: int, engine: Callable[..., Engine]) -> None:
+    x, seen = torch.arange(12.0) ** 2, []
+
+    def backward(part: slice) -> dict[str, torch.Tensor]:
+        seen.append(x[part])
+        return {"mean": x[part].mean(), "largest": x[part].max()}
+
+    values = engine().accumulate(torch.nn.Linear(1, 1), 12, parts, backward)
+    assert [len(part) for part in seen] == [12 // parts] * parts and torch.equal(torch.cat(seen), x)
+    assert float(values["mean"]) == pytest.approx(float(x.mean()))
+    assert float(values["largest"]) == pytest.approx(sum(float(part.max()) for part in x.chunk(parts)) / parts)
+
+
+def test_what_a_step_draws_is_its_own(engine: Callable[..., Engine]) -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        one = engine(f"training.seed={seed}")
+        one.rank = rank
+        one.seed_step(step)
+        return float(torch.rand((), dtype=torch.float64))
+
+    numbers = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 4096) for rank in (0, 1)]
+    drawn = [draw(*number) for number in numbers]
+    assert len(set(drawn)) == len(numbers) and drawn == [draw(*number) for number in numbers]
