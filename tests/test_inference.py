@@ -124,6 +124,19 @@ def test_a_key_without_captions_is_named() -> None:
             texts_for([item], cond, caption_field=field)
 
 
+@torch.no_grad()
+def test_the_model_sees_and_makes_images_from_minus_one_to_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert tokenizer.text is not None
+    expected = tokenizer.model.encode(pixels / 127.5 - 1, tokenizer.text(["a", "b", "c"])).z
+    torch.testing.assert_close(tokenizer.encode(pixels, ["a", "b", "c"]), expected, rtol=1e-5, atol=1e-5)
+    made = torch.linspace(-1.5, 1.5, 3 * 32 * 32).view(1, 3, 32, 32)
+    monkeypatch.setattr(tokenizer.model, "decode", lambda z, cond: made)
+    rounded = ((made.double() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert (tokenizer.decode(expected[:1], "a").int() - rounded.int()).abs().max() <= 1
+    assert tokenizer.decode(expected[:1], "a").double().mean() == pytest.approx(float(rounded.double().mean()), abs=0.1)
+
+
 def test_bf16_arithmetic_is_near_and_gives_fp32(models: Path, tmp_path: Path, draw: Callable[..., Path]) -> None:
     image = draw(tmp_path / "a.png")
     exact, rough = (load_tokenizer(models / "text.safetensors", device="cpu", precision=p).encode(image, "a") for p in ("fp32", "bf16"))

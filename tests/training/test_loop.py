@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.errors import TrainingError
 from texttok_cli.training import loop
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
@@ -106,12 +107,13 @@ def test_a_step_has_its_rate_and_its_batch_and_the_log_has_both_with_the_time_of
 
 
 def test_a_run_that_was_cut_off_goes_on_at_the_saved_step_with_its_batch_and_its_log(train: Callable[..., Any]) -> None:
-    assert train(fail_at=5).saved == [2, 4]
-    found = train()
+    every = ("training.log_every=1", "training.save_every=4")
+    assert train(*every, fail_at=5).saved == [4]
+    found = train(*every)
     assert [(batch, step) for batch, step, _ in found.task.steps] == [(4, 4), (5, 5)] and found.task.number == 6
     assert [rate for *_, rate in found.task.steps] == pytest.approx([0.1 * scale for scale in SCALES[4:]])
-    assert [line["step"] for line in found.lines] == [2, 3, 4, 6, 6]
-    assert [line["images_per_s"] for line in found.lines if "loss" in line] == pytest.approx([2, 2, 2])
+    assert [line["step"] for line in found.lines] == [1, 2, 3, 3, 4, 5, 6, 6]  # validated twice
+    assert [line["images_per_s"] for line in found.lines if "loss" in line] == pytest.approx([2] * 6)
 
 
 def test_weights_after_a_bad_step_do_not_replace_saved_ones(train: Callable[..., Any]) -> None:
@@ -125,3 +127,14 @@ def test_rolling_back_is_allowed_again_once_a_state_was_saved(train: Callable[..
     assert [(batch, step) for batch, step, _ in found.task.steps] == [(i, i) for i in range(30)]
     assert found.task.number == 15 and found.task.guard.skipped == 15
     assert found.saved == [*(step for step in range(1, 30) if (step - 1) % 6 < 3), 30]
+
+
+def test_a_roll_back_is_to_the_newest_saved_weights(train: Callable[..., Any]) -> None:
+    found = train("training.save_every=2", "schedule.steps=8", bad=lambda step: 2 < step < 6)
+    assert found.task.number == 2 + 2  # of steps 0 and 1, which were saved, and of 6 and 7
+    assert found.saved == [2, 8]
+
+
+def test_three_roll_backs_without_a_new_state_are_all(train: Callable[..., Any]) -> None:
+    with pytest.raises(TrainingError, match=r"diverged at step 13: .* rolled back to step 1 3 times"):
+        train("training.save_every=1", "schedule.steps=30", bad=lambda step: step > 0)
