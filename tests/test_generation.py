@@ -146,6 +146,21 @@ def test_a_weaker_generator_guides(folder: Path, load: Callable[..., Generator])
         load("class", guide=folder / "renamed.safetensors")
 
 
+def test_the_guide_is_the_model_that_was_named(folder: Path, load: Callable[..., Generator]) -> None:
+    save_tiny_generator(folder / "weak.safetensors", folder / "text.safetensors", BY_CLASS, seed=1)
+    guided, alone, weak = (
+        load("class", guide=folder / "weak.safetensors"),
+        load("class"),
+        load("weak", captions=folder / "class.captions.jsonl"),
+    )
+    how = Sampling("ddim", 3, parse_cfg("2"))
+    z = sample(alone.dit, how, seeds=[5], class_ids=torch.tensor([2]), guide=weak.dit)
+    [request] = guided.requests(classes=["rose"], seeds=[5])
+    image = guided.sample(classes=["rose"], seeds=[5], cfg="2", **FAST)
+    assert near(image, guided.tokenizer.decode(z, str(request.text)))
+    assert not near(image, alone.sample(classes=["rose"], seeds=[5], cfg="1", **FAST))
+
+
 def test_a_caption_that_was_trained_on_is_noticed(load: Callable[..., Generator]) -> None:
     requests = load("class").requests(classes=["rose"] * 12 + ["cat"] * 12)
     assert {request.text for request in requests if request.leaked} == {"a red rose"}
