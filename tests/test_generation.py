@@ -161,6 +161,26 @@ def test_the_guide_is_the_model_that_was_named(folder: Path, load: Callable[...,
     assert not near(image, alone.sample(classes=["rose"], seeds=[5], cfg="1", **FAST))
 
 
+def test_each_prompt_has_the_seed_that_was_given_with_it(load: Callable[..., Generator]) -> None:
+    requests = load("prompt").requests(prompts=["a cat", "a dog", "a boat"], seeds=[9, 3, 5])
+    assert [(request.text, request.seed) for request in requests] == [("a cat", 9), ("a dog", 3), ("a boat", 5)]
+
+
+def test_a_text_that_two_models_read_in_one_embedding_is_cut_once(load: Callable[..., Generator]) -> None:
+    generator = load("prompt")
+    generator.sample(prompts=["long " * 40, "a cat"], **FAST)
+    assert generator.truncated == 1
+
+
+def test_all_networks_have_the_precision_that_was_asked_for(folder: Path, load: Callable[..., Generator]) -> None:
+    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        generator = load("class", guide=folder / "class.safetensors", precision=precision)
+        assert generator.guide is not None
+        for network in (generator.dit, generator.guide, generator.tokenizer.model):
+            weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Linear)]
+            assert expected in {weight.dtype for weight in weights}
+
+
 def test_a_caption_that_was_trained_on_is_noticed(load: Callable[..., Generator]) -> None:
     requests = load("class").requests(classes=["rose"] * 12 + ["cat"] * 12)
     assert {request.text for request in requests if request.leaked} == {"a red rose"}

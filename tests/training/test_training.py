@@ -23,6 +23,7 @@ from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor
+from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
 from texttok_cli.files import alone_in, sha256_file
 from texttok_cli.models.discriminator import Discriminator
@@ -297,6 +298,24 @@ def test_a_validation_that_was_cut_off_is_made_when_the_run_goes_on(recipe_file:
     (tmp_path / "run" / "model.safetensors").unlink()
     train(recipe, tmp_path / "run")
     assert metrics(tmp_path / "run", "val_psnr") == whole[-1:]
+
+
+@pytest.mark.parametrize(("flip", "crop"), [(False, "center"), (True, "center"), (False, "random")])
+def test_batches_are_drawn_flipped_and_cropped_as_the_recipe_says(
+    flip: bool, crop: str, recipe_file: RecipeFile, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 images of two epochs: each is the middle of its picture, its mirror image, or another part of it."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(TokenizerTask, "step", lambda task, batch, step: drawn.append(batch) or {"l2": torch.tensor(0.0)})
+    training = {"seed": 5, "batch_size": 14}
+    train(recipe_file(data={"flip": flip, "crop": crop}, training=training, schedule={"steps": 2}), tmp_path / "run")
+    indices, images = torch.cat([batch.indices for batch in drawn]), torch.cat([batch.images for batch in drawn])
+    assert torch.equal(indices, SampleStream(14, 5).indices(0, 28))
+    paths = [item.path for item in open_dataset([pictures]).items]
+    middles = torch.stack([to_tensor(center_crop(Image.open(paths[i]).convert("RGB"), 32)) for i in indices])
+    same, mirrored = ((images == these).flatten(1).all(dim=1) for these in (middles, middles.flip(-1)))
+    assert mirrored.any() == flip
+    assert (same | mirrored).all() == (crop == "center") and (same.sum() < 28) == (flip or crop == "random")
 
 
 def test_validation_is_of_images_spread_over_their_own_set_with_their_own_captions(
