@@ -171,6 +171,17 @@ def test_a_dataset_is_encoded_with_its_record(dtype: str, tokenizer: Tokenizer, 
     assert (header.mean is not None) == (dtype == "int8")
 
 
+def test_every_image_keeps_its_own_class_also_where_some_have_none(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    for i in range(5):
+        draw(tmp_path / f"{i}.png", seed=i)
+    names = ["rose", "tulip", None, "oak", "elm"]
+    items = [replace(item, class_name=name) for item, name in zip(open_dataset([tmp_path]).items, names, strict=True)]
+    parts = [
+        tokens for _, tokens in encode_dataset(tokenizer, Dataset(items), list("abcde"), batch_size=2, flips=True, on_error=unexpected)
+    ]
+    assert [part.header.class_names for part in parts] == [names[:2], names[:2], names[2:4], names[2:4], names[4:], names[4:]]
+
+
 def test_int8_is_scaled_by_the_model_s_own_statistics(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
     draw(tmp_path / "a.png")
     with torch.no_grad():
@@ -243,6 +254,13 @@ def test_a_malformed_hub_name_is_one_line() -> None:
     with pytest.raises(CheckpointError, match=r"^hf://a/b/c/d: ") as error:
         find_model("hf://a/b/c/d", offline=True)
     assert "\n" not in str(error.value)
+
+
+def test_auto_is_the_fastest_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert pick_device("auto").type == expected
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
