@@ -45,8 +45,7 @@ class Backbone(Transformer):
     """The transformer of each half (tokenizer and detokenizer have the same)."""
 
     # vit: everything N(0, 0.02), as ViT. scaled: linears by fan-in, positions and learnable tokens N(0, 0.5), residual
-    # branches, pixels and the projections of the text zero; the latents carry something after 1,000 images instead of 10,000
-    # (no paper's setting). Text that says something random at first holds the latents up, the more so the more there are.
+    # branches and pixels zero; the latents carry something after 1,000 images instead of 10,000 (no paper's setting).
     init: Literal["vit", "scaled"] = "vit"
 
 

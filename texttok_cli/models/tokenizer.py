@@ -112,8 +112,7 @@ class TexTok(nn.Module):
             trunc_normal(table, 0.5 if scaled else 0.02)
         if scaled:
             blocks = [m for m in self.modules() if isinstance(m, Block)]
-            projections = [half.project.proj for half in (self.tokenizer, self.detokenizer) if half.project is not None]
-            for linear in [out for block in blocks for out in block.residual_outputs()] + [self.to_pixels, *projections]:
+            for linear in [out for block in blocks for out in block.residual_outputs()] + [self.to_pixels]:
                 nn.init.zeros_(linear.weight)
 
 
