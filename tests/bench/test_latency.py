@@ -264,17 +264,18 @@ def test_a_guided_forward_has_every_sample_under_its_class_and_under_the_null_cl
 
 
 def test_a_part_of_a_training_batch_stands_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "MAX_CPU_ROWS", 200)  # two images of 96 rows
+    monkeypatch.setattr(task, "MAX_CPU_ROWS", 2 * 224)
     once, ran = Timer(warm_up=0, repeats=1), []
     monkeypatch.setattr(once, "once", lambda work: 1.0)
-    given = Row(part="train", system="a recipe")
+    row = Row(part="train", system="tiny/texttok-32-128", image_size=128)  # 64 patches, 32 latents; 128 text tokens
+    monkeypatch.setattr(training, "recipes", lambda task: [(row, load_recipe(row.system))])
 
-    def steps(name: str, batch: int, folder: object, where: Where) -> tuple[object, object]:
-        ran.append((name, batch))
-        return (None, None)
+    def step(recipe: Any, *_: object) -> None:
+        ran.append(recipe.training.batch_size)
 
-    [row] = training._rows(make_task(batches=[8], timer=once), given, 96, lambda batch: 0.0, steps)  # type: ignore[arg-type]
-    assert ran == [("a recipe", 2)] and row.seconds is not None
+    monkeypatch.setattr(training, "training_step", step)
+    [row] = PARTS["train"](make_task(batches=[8], timer=once))
+    assert ran == [2] and row.seconds is not None
     assert (row.seconds.median, row.times, row.seconds_per_image) == (4.0, 4.0, 0.5)
 
 
