@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
-from texttok_cli.config import Precision
+from texttok_cli.config import Labels, Precision
 from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
 from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
@@ -148,7 +148,7 @@ class Generator:
         # The detokenizer reads the same texts: their embeddings are in the cache that both share.
         return self.tokenizer.decode(z, None if self.tokenizer.text_condition is None else texts)
 
-    def labels(self, rule: Literal["equal", "proportional", "random"], seeds: Sequence[int]) -> list[int]:
+    def labels(self, rule: Labels, seeds: Sequence[int]) -> list[int]:
         """A class id for each seed: of each class the same number, or in proportion to its training images, or drawn by the seed.
 
         DataError for a text model, and for a file that does not say how many images its classes had.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ from torch import Tensor
 from texttok_cli.bench.curves import Comparison, Point, best, gain_at_equal_time, mean_gain, speedup_at_equal_fid
 from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
+from texttok_cli.config import Labels
 from texttok_cli.config.schema import Config
 from texttok_cli.diffusion import parse_cfg
 from texttok_cli.errors import DataError, RecipeError
@@ -41,7 +42,7 @@ class Series(Config):
         None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
     )
     captions: Path | None = None  # class models: unseen captions instead of those beside the generator's file
-    labels: Literal["equal", "proportional", "random"] = "equal"  # class models: as `texttok sample --labels`
+    labels: Labels = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
     steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
     sampler: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]

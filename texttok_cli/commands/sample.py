@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from texttok_cli.commands.options import BatchSizeOption, DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption
+from texttok_cli.config import Labels
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from texttok_cli.generation import Generator, Request
     from texttok_cli.metrics.processes import Processes
 
-Labels = Literal["equal", "proportional", "random"]
 GRID_COLUMNS = 8  # at most twice as many, if each class or prompt has a row of its own
 
 

@@ -2,4 +2,6 @@
 
 from typing import Literal
 
-Precision = Literal["fp32", "bf16"]  # not in schema.py, whose pydantic the command line's options can't wait for
+# Not in schema.py, whose pydantic the command line's options can't wait for.
+Precision = Literal["fp32", "bf16"]
+Labels = Literal["equal", "proportional", "random"]  # how classes are spread over samples: see Generator.labels
