@@ -19,6 +19,7 @@ from texttok_cli.data.labels import draw_label, find_class, spread_labels
 from texttok_cli.diffusion import Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TextTokError
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.layers import PackedLinear
 
 FAST = {"steps": 3, "sampler": "ddim"}
 UNSEEN = [{"class": name, "caption": f"{look} {name.partition('/')[2]}"} for name in CLASSES for look in ("a red", "a blue", "a pale")]
@@ -177,8 +178,8 @@ def test_all_networks_have_the_precision_that_was_asked_for(folder: Path, load: 
         generator = load("class", guide=folder / "class.safetensors", precision=precision)
         assert generator.guide is not None
         for network in (generator.dit, generator.guide, generator.tokenizer.model):
-            weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Linear)]
-            assert expected in {weight.dtype for weight in weights}
+            linears = [module for module in network.modules() if isinstance(module, torch.nn.Linear | PackedLinear)]
+            assert {linear.weight.dtype for linear in linears} == {expected}
 
 
 def test_a_caption_that_was_trained_on_is_noticed(load: Callable[..., Generator]) -> None:

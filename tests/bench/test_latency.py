@@ -31,7 +31,6 @@ from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.diffusion import Sampling
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
-from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 
 CPU = Where(torch.device("cpu"), "fp32")
@@ -213,12 +212,16 @@ def test_the_plain_model_is_the_model(qk_norm: bool) -> None:
 
 
 def test_materialized_networks_are_random_and_real() -> None:
-    network = materialize(lambda: in_precision(nn.Sequential(nn.Linear(8, 600_000), nn.BatchNorm1d(4)), "bf16"), CPU)
+    network = materialize(lambda: nn.Sequential(nn.Linear(8, 600_000), nn.BatchNorm1d(4)), CPU)
     assert isinstance(network[0], nn.Linear) and isinstance(network[1], nn.BatchNorm1d)
-    assert network[0].weight.dtype == torch.bfloat16 and 0.01 < network[0].weight.float().std() < 0.03
+    assert network[0].weight.dtype == torch.float32 and 0.01 < network[0].weight.std() < 0.03
     assert network[1].running_var is not None and network[1].running_var.dtype == torch.float32
     assert network[1].num_batches_tracked == 0
     assert not any(p.requires_grad for p in network.parameters())
+    network = materialize(lambda: nn.Sequential(nn.Linear(8, 600_000)), CPU, "bf16")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y = network(torch.eye(8))
+    assert y.dtype == torch.bfloat16 and 0.01 < y.float().std() < 0.04
 
 
 def test_the_subjects_are_the_paper_s() -> None:

@@ -43,15 +43,21 @@ def test_padding_changes_no_bit_in_bf16(amx: bool, monkeypatch: pytest.MonkeyPat
     assert torch.equal(attend(q, k, v, mask), attend(q, *other, mask))
 
 
-def test_linears_rounded_once_compute_what_autocast_does() -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_linears_rounded_once_compute_what_autocast_does(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if packs and not layers.PACKS:
+        pytest.skip("this CPU has no bf16 instructions to pack weights for")
+    monkeypatch.setattr(layers, "PACKS", packs)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)).requires_grad_(False)
-    x = torch.randn(3, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    model = nn.Sequential(nn.Linear(64, 256), nn.LayerNorm(256), nn.Linear(256, 32, bias=False)).requires_grad_(False)
+    x = torch.randn(3, 20, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         before = model(x)
         assert in_precision(model, "fp32")[0].weight.dtype == torch.float32
         after = in_precision(model, "bf16")(x)
+        assert torch.equal(after, in_precision(model, "bf16")(x))
     assert [model[i].weight.dtype for i in range(3)] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert [isinstance(model[i], nn.Linear) for i in (0, 2)] == [not packs] * 2
     assert torch.equal(before, after)
 
 

@@ -28,7 +28,6 @@ from texttok_cli.bench.task import Task, Work, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig
 from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
-from texttok_cli.models.layers import in_precision
 from texttok_cli.models.prepared import RECORDABLE
 
 MEASURED_STEPS = {"cpu": 2, "cuda": 50}  # of a run, of all its steps
@@ -78,7 +77,7 @@ def _network_passes(cfg: GeneratorConfig, how: Sampling) -> int:
 def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
     """With its weights in the precision that it computes in. DoesNotFit before anything is allocated."""
     check_fits(weights_bytes(partial(DiT, cfg), where.element), where.device)
-    return materialize(lambda: in_precision(DiT(cfg), where.precision), where)
+    return materialize(lambda: DiT(cfg), where, where.precision)
 
 
 def guided_sampling(dit: DiT, batch: int, how: Sampling, where: Where) -> Work:

@@ -42,7 +42,6 @@ from texttok_cli.diffusion import plan_sampling
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
-from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 
 Part = Literal["text", "encode", "decode", "generate", "load", "train", "eval", "caption"]
@@ -114,7 +113,7 @@ def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: 
         return forward_bytes(batch * rows_of(cfg), cfg.backbone.width, where.element)
 
     def build() -> Callable[[int], Work]:
-        model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
+        model = materialize(lambda: TexTok(cfg), where, where.precision)
 
         def work(batch: int) -> Work:
             cond = text_states(cfg, batch, where)

@@ -17,6 +17,7 @@ from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.inference import PRETRAINED
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.layers import in_precision
 
 T5_OF_SIZE = {256: "XL", 512: "XXL"}  # Sec. 4.1
 T5_WIDTH = {"XL": 2048, "XXL": 4096}
@@ -109,17 +110,18 @@ def check_fits(needed: float, device: torch.device) -> None:
         raise DoesNotFit(f"needs about {needed / 1e9:.1f} GB and 1 GB in reserve, {free / 1e9:.1f} GB are free")
 
 
-def materialize(build: Callable[[], Network], where: Where) -> Network:
-    """A network on the device, its weights and buffers random, in values that repeat: drawing gigabytes takes longer than timing them."""
+def materialize(build: Callable[[], Network], where: Where, precision: Precision = "fp32") -> Network:
+    """A network for inference on the device, its weights and buffers random, in values that repeat: drawing gigabytes takes longer
+    than timing them."""
     with torch.device("meta"):
-        network = build()
+        network = in_precision(build(), precision)  # never as large as in fp32
     network.to_empty(device=where.device)
     for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.is_floating_point():
             _fill(tensor)
         else:
             tensor.zero_()
-    return network.eval().requires_grad_(False)
+    return in_precision(network, precision).eval().requires_grad_(False)
 
 
 @torch.no_grad()

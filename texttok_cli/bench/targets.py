@@ -42,7 +42,6 @@ from texttok_cli.metrics.evaluator import Work as EvaluationWork
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.sources import FileImages
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
-from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.plan import count_flops
 
@@ -76,7 +75,7 @@ def _tokenizer(task: Task) -> Iterator[Target]:
     cpu = where.device.type == "cpu"
     batch = 1 if cpu else 32
     check_fits(0.8e9 * (2 + batch / 8), where.device)
-    model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
+    model = materialize(lambda: TexTok(cfg), where, where.precision)
     plain = materialize(lambda: TexTok(cfg), where)
     cond, images = text_states(cfg, batch, where), torch.rand(batch, 3, 256, 256, device=where.device) * 2 - 1
 
@@ -169,7 +168,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
 def _decode_seconds(timer: Timer, task: Task, size: int) -> float:
     cfg, where = tokenizer_config("TexTok", 32, size), task.where
     batch = task.part_of(32, rows_of(cfg))
-    model = materialize(lambda: in_precision(TexTok(cfg), where.precision), where)
+    model = materialize(lambda: TexTok(cfg), where, where.precision)
     cond, z = text_states(cfg, batch, where), torch.randn(batch, 32, cfg.latent_dim, device=where.device)
 
     def decode() -> object:

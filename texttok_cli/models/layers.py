@@ -21,6 +21,8 @@ Model = TypeVar("Model", bound=nn.Module)
 ALL = slice(None)
 CACHED_SCORES = 2**19  # attention scores that a core's cache holds beside their operands
 AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+# torch.compile's own operators, which have no public name.
+PACKS = bool(torch.cpu.get_capabilities().get("avx512_bf16")) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 LONG = 256  # tokens, of queries and of keys
 
 
@@ -46,14 +48,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, keep: slice = ALL) -> Tensor:
         """x (B, L, D), mask (B, L) bool of real keys -> (B, K, D) for the K tokens in `keep`."""
-        if keep == ALL:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D) each
-        else:
-            w_q, w_kv = self.qkv.weight.tensor_split([x.shape[-1]])
-            b_q, b_kv = self.qkv.bias.tensor_split([x.shape[-1]])
-            q = F.linear(x[:, keep], w_q, b_q)  # (B, K, D)
-            k, v = F.linear(x, w_kv, b_kv).chunk(2, dim=-1)  # (B, L, D) each
-        q, k, v = (_split_heads(t, self.heads) for t in (q, k, v))  # (B, H, ., E)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, L, D) each
+        q, k, v = (_split_heads(t, self.heads) for t in (q[:, keep], k, v))  # (B, H, ., E)
         y = attend(self.norm_q(q), self.norm_k(k), v, mask)
         return self.out(y)  # type: ignore[no-any-return]
 
@@ -125,14 +121,31 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None, 
     return x
 
 
-def in_precision(model: Model, precision: Precision) -> Model:
-    """The model itself, for bf16 with its linear layers rounded once, as autocast would round them again in every call.
+class PackedLinear(nn.Module):
+    """A linear layer in bf16 on a CPU, its weight in the order in which oneDNN multiplies: `F.linear` would reorder it in every call."""
 
-    For inference alone: what it computes under autocast does not change.
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) in any floating type -> (..., out) in bf16."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, self.bias, "none", [], "")
+        return y
+
+
+def in_precision(model: Model, precision: Precision) -> Model:
+    """The model itself, for bf16 with its linear layers rounded once, as autocast would round them again in every call, and packed on
+    a CPU that can.
+
+    For inference under autocast alone, on the model's device: what it computes there does not change.
     """
-    for module in model.modules() if precision == "bf16" else ():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
+    for module in list(model.modules()) if precision == "bf16" else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                packs = PACKS and child.weight.device.type == "cpu"
+                setattr(module, name, PackedLinear(child.to(torch.bfloat16)) if packs else child.to(torch.bfloat16))
     return model
 
 
