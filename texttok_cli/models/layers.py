@@ -139,7 +139,7 @@ def in_precision(model: Model, precision: Precision) -> Model:
     """The model itself, for bf16 with its linear layers rounded once, as autocast would round them again in every call, and packed on
     a CPU that can.
 
-    For inference under autocast alone, on the model's device: what it computes there does not change.
+    For inference alone, on the model's device: what it computes under autocast, or on inputs in bf16, does not change.
     """
     for module in list(model.modules()) if precision == "bf16" else ():
         for name, child in module.named_children():
