@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from texttok_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     from texttok_cli.models.condition import Condition
+    from texttok_cli.models.dit import DiT
+    from texttok_cli.models.prepared import PreparedDiT
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +33,15 @@ class Sampling:
     guidance: Guidance
 
 
-class Prepared(Protocol):
-    """A network on one batch at the times of a schedule."""
-
-    def __call__(self, x: Tensor, step: int, *, null: bool = False) -> Tensor:
-        """Noisy latents (B, ...) -> raw output; with `null` that under the null condition behind it, (2B, ...)."""
-
-
-class Network(Protocol):
-    """What sampling asks of a generator; models.dit.DiT is one."""
-
-    cfg: GeneratorConfig
-    latent_shape: tuple[int, ...]
-    latent_mean: Tensor
-    latent_std: Tensor
-
-    def prepare(self, times: Tensor, class_ids: Tensor | None = None, cond: Condition | None = None, *, null: bool) -> Prepared:
-        """For one batch at the times (steps,)."""
-
-    def destandardize(self, x: Tensor) -> Tensor:
-        """From the network's latents to raw ones."""
-
-
 @torch.no_grad()
 def sample(
-    dit: Network,
+    dit: DiT,
     how: Sampling,
     *,
     seeds: Sequence[int],
     class_ids: Tensor | None = None,
     cond: Condition | None = None,
-    guide: Network | None = None,
+    guide: DiT | None = None,
     autocast: bool = False,
 ) -> Tensor:
     """Raw latents (B, N, d), of a feature map (B, d, S, S), float32 on the model's device: one of each seed.
@@ -106,7 +86,7 @@ def plan_sampling(cfg: GeneratorConfig, how: Sampling, *, by_null: bool) -> tupl
 
 
 def _denoiser(
-    network: Prepared, other: Prepared | None, process: Process, schedule: Schedule, weights: Sequence[float], channels: int | None
+    network: PreparedDiT, other: PreparedDiT | None, process: Process, schedule: Schedule, weights: Sequence[float], channels: int | None
 ) -> Denoiser:
     """The guided network as what samplers call. Where the weight is 1 only the conditional pass runs."""
 
@@ -129,7 +109,7 @@ def _denoiser(
     return denoise
 
 
-def _check_guide(dit: Network, guide: Network) -> None:
+def _check_guide(dit: DiT, guide: DiT) -> None:
     """RecipeError unless both see the same latents, process and conditions, however they were trained."""
     training_only = {"dropout", "null_tokens", "learned_sigma", "time", "shift"}
     for part in ("latents", "process", "condition"):
