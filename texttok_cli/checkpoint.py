@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from texttok_cli.config.schema import ClassLabels, Config, GeneratorConfig, TokenizerConfig
 from texttok_cli.errors import CheckpointError
-from texttok_cli.files import TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
+from texttok_cli.files import Schema, TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.tokens import Sha256
@@ -138,7 +138,7 @@ def caption_hash(text: str) -> int:
 
 def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[TexTok, ModelInfo]:
     """The model in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole tokenizer file."""
-    header, infos = _tokenizer_header(path)
+    header, infos = _header(path, ModelHeader, "tokenizer")
     with torch.device("meta"):
         model = TexTok(header.model)
     _fill(model, path, infos, extra={})
@@ -148,7 +148,7 @@ def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tu
 
 def read_tokenizer_info(path: Path) -> ModelInfo:
     """Who a tokenizer is, without its weights. CheckpointError as `load_tokenizer_file`."""
-    return ModelInfo(model_name(path), sha256_file(path), _tokenizer_header(path)[0])
+    return ModelInfo(model_name(path), sha256_file(path), _header(path, ModelHeader, "tokenizer")[0])
 
 
 def find_tokenizer_file(paths: Sequence[Path], sha256: str) -> Path | None:
@@ -167,9 +167,7 @@ def _latents_of(path: Path) -> list[str]:
 
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
     """The generator in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole generator file."""
-    meta, infos = read_header(path, error=CheckpointError)
-    _check_task(path, meta, "generator")
-    header = parse_header(meta, GeneratorHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError)
+    header, infos = _header(path, GeneratorHeader, "generator")
     captions = infos.get(CAPTIONS)
     if captions is None or captions.dtype != "I64" or len(captions.shape) != 1:
         raise CheckpointError(f"{path}: its {CAPTIONS} are missing or not a list of hashes")
@@ -180,17 +178,13 @@ def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tu
     return model, GeneratorInfo(model_name(path), sha256_file(path), header, tensors[CAPTIONS])
 
 
-def _tokenizer_header(path: Path) -> tuple[ModelHeader, dict[str, TensorInfo]]:
+def _header(path: Path, schema: type[Schema], task: Literal["tokenizer", "generator"]) -> tuple[Schema, dict[str, TensorInfo]]:
+    """What a model of this task says of itself, and its tensors. CheckpointError for a whole model of the other one too."""
     meta, infos = read_header(path, error=CheckpointError)
-    _check_task(path, meta, "tokenizer")
-    return parse_header(meta, ModelHeader, key="texttok_model", version=FORMAT, path=path, error=CheckpointError), infos
-
-
-def _check_task(path: Path, meta: Mapping[str, Any], wanted: str) -> None:
-    """CheckpointError if the file is a whole model of the other kind."""
     found = meta.get("task")
-    if found in ("tokenizer", "generator") and found != wanted:
-        raise CheckpointError(f"{path}: is a {found}, but a {wanted} is needed")
+    if found in ("tokenizer", "generator") and found != task:
+        raise CheckpointError(f"{path}: is a {found}, but a {task} is needed")
+    return parse_header(meta, schema, key="texttok_model", version=FORMAT, path=path, error=CheckpointError), infos
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
