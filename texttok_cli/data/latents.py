@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from texttok_cli.data.listings import read_captions
-from texttok_cli.data.loader import SampleStream
+from texttok_cli.data.loader import SampleStream, batch_starts
 from texttok_cli.errors import DataError
 from texttok_cli.token_folder import Statistics, TokenIndex, read_index, read_shards
 
@@ -118,8 +117,7 @@ class LatentLoader:
 
     def batches(self, start: int = 0) -> Iterator[LatentBatch]:
         """Endless batches, from global batch number `start` (from 0) on."""
-        for batch in count(start):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for first in batch_starts(self.batch_size, start, self.rank, self.world_size):
             indices = self.stream.indices(first, self.batch_size)
             z = self.z[indices.to(self.z.device)]  # (B, N, d)
             yield LatentBatch(z.to(self.device).float(), indices)

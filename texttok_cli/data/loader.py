@@ -13,11 +13,11 @@ from itertools import count, islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from texttok_cli.data.images import center_crop, load_image, to_tensor
-from texttok_cli.data.sources import Dataset
+from texttok_cli.data.items import Dataset
 from texttok_cli.errors import DataError
 
 MAX_REDRAWS = 100  # unreadable images in a row before training gives up
@@ -74,6 +74,11 @@ class SampleStream:
         return int(torch.randint(self.n, (1,), generator=generator))
 
 
+def batch_starts(batch_size: int, start: int, rank: int, world_size: int) -> Iterator[int]:
+    """Endlessly the position of the first sample of this rank's part of every global batch, from batch number `start` on."""
+    return count((start * world_size + rank) * batch_size, world_size * batch_size)
+
+
 class TrainLoader:
     """Training batches of one process; `damaged` maps the id of each image that could not be read to the reason.
 
@@ -107,9 +112,10 @@ class TrainLoader:
 
         Raises DataError when MAX_REDRAWS images in a row are unreadable.
         """
+        firsts = batch_starts(self.batch_size, start, self.rank, self.world_size)
         loader = DataLoader(
             self.samples,
-            batch_sampler=_Positions(self.batch_size, start, self.rank, self.world_size),
+            batch_sampler=(list(range(first, first + self.batch_size)) for first in firsts),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
@@ -147,18 +153,6 @@ def _collate(samples: list[_Sample]) -> tuple[Batch | None, dict[str, str], str]
     if len(images) < len(samples):
         return None, damaged, f"{MAX_REDRAWS} training images in a row are unreadable, e.g. {next(iter(damaged.values()))}"
     return Batch(torch.stack(images), torch.tensor([sample.index for sample in samples])), damaged, ""
-
-
-class _Positions(Sampler[list[int]]):
-    """Stream positions of this rank's part of every global batch."""
-
-    def __init__(self, batch_size: int, start: int, rank: int, world_size: int) -> None:
-        self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in count(self.start):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
 
 
 class _Samples(TorchDataset[_Sample]):
