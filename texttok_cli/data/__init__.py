@@ -1,8 +1,9 @@
 """Images and what is known of them: sources, pixels, batches."""
 
 from texttok_cli.data.images import center_crop, load_image, normalize, to_image, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.items import Dataset, Item, Skipped
 from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
-from texttok_cli.data.sources import Dataset, Item, Skipped, open_dataset
+from texttok_cli.data.sources import open_dataset
 
 __all__ = [
     "Batch",
