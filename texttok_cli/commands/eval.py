@@ -99,7 +99,7 @@ def eval_(
     check_used(given, names, fixed)
     check_targets({"-o": out, "--save-stats": save_stats, "--save-samples": save_samples, "--html": html})
     processes = Processes()
-    where = (processes.device if device in ("auto", "cuda") else None) or str(pick_device(device))
+    where = str(pick_device(processes.device(device)))
     if samples is not None:
         subjects = [of_samples(samples, ref, names, captions=captions, caption_field=caption_field)]
     else:
@@ -119,7 +119,7 @@ def eval_(
     truncated = processes.merge(evaluators)
     if processes.rank == 0:
         finish(evaluators, subjects, truncated, out=out, save_stats=save_stats, html=html, gallery=gallery, quiet=quiet, as_json=json)
-    processes.finish()
+    processes.finish()  # the report is written, before which nobody's saved state may go
     for state in states:
         if state is not None:
             state.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from texttok_cli.commands.sample_folder import SampleFolder
     from texttok_cli.diffusion import Sampling
     from texttok_cli.generation import Generator, Request
-    from texttok_cli.metrics.processes import Processes
 
 GRID_COLUMNS = 8  # at most twice as many, if each class or prompt has a row of its own
 
@@ -98,7 +96,7 @@ def sample(
         tokenizer=tokenizer,
         captions=captions,
         guide=guide,
-        device=(processes.device if device in ("auto", "cuda") else None) or device,
+        device=processes.device(device),
         precision=precision,
         offline=offline,
     )
@@ -120,7 +118,8 @@ def sample(
                 chosen = share[start : start + batch_size]
                 folder.add(chosen, generator.generate([requests[i] for i in chosen], how))
                 bar.advance(task, len(chosen))
-        _wait_for_all(processes)
+        processes.join()
+        processes.finish()  # every one has made its share
     finally:
         if first and folder.begun:
             folder.record(lambda i: {**_about(generator, requests[i]), **made_by})
@@ -217,13 +216,3 @@ def _digest(requests: Sequence[Request]) -> str:
     for request in requests:
         digest.update(f"{request!r}\n".encode())
     return digest.hexdigest()
-
-
-def _wait_for_all(processes: Processes) -> None:
-    """Until every process has made its share."""
-    if processes.size > 1:
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-        dist.barrier()
-        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One process of an evaluation, alone or one of those that `accelerate launch` or torchrun started."""
+"""One process of an evaluation or a sampling run, alone or one of those that `accelerate launch` or torchrun started."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    @property
-    def device(self) -> str | None:
-        """This process's own GPU; None for one process alone or a machine without any. DataError for more processes than GPUs."""
-        if self.size == 1 or not torch.cuda.is_available():
-            return None
+    def device(self, asked: str) -> str:
+        """The device asked for, or of several processes this one's own GPU. DataError for more processes than GPUs."""
+        if self.size == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
+            return asked
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise DataError(f"process {local + 1} of this machine has no GPU of its own ({gpus} here): start as many processes as GPUs")
         return f"cuda:{local}"
+
+    def join(self) -> None:
+        """Let the processes reach each other. The first to be done waits for the last."""
+        if self.size > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
 
     def merge(self, evaluators: Sequence[Evaluator]) -> list[int]:
         """Bring what all processes found into the first one's evaluators. Returns there how many captions CLIP cut off for each, of all."""
         truncated = [_truncated(evaluator) for evaluator in evaluators]
         if self.size == 1:
             return truncated
-        # What was found is on the CPU, wherever it was computed; the first to be done waits for the last.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        self.join()  # over gloo: what was found is on the CPU, wherever it was computed
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object([(evaluator.evidence, count) for evaluator, count in zip(evaluators, truncated, strict=True)], found)
         for others in (found or [])[1:]:
@@ -52,7 +55,7 @@ class Processes:
         return truncated
 
     def finish(self) -> None:
-        """After `merge`: wait until the first process has written its report, before which nobody's saved state may go."""
+        """After `join` or `merge`: wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
