@@ -32,7 +32,7 @@ def finish(
     as_json: bool,
 ) -> None:
     """Make the report of what all evaluators have seen, print it, and write the files that were asked for."""
-    from texttok_cli.metrics.report import save_report
+    from texttok_cli.metrics.report import by_samples, save_report
 
     report = make_report(evaluators, subjects, truncated)
     print_report(report, subjects, quiet=quiet, as_json=as_json)  # first: whatever can't be written, no number is lost
@@ -41,7 +41,8 @@ def finish(
     if save_stats is not None:
         _save_statistics(save_stats, evaluators[0])
     if html is not None:
-        write_page(html, report, pick_examples(evaluators, subjects, each=gallery))
+        reports = by_samples(report)
+        write_page(html, list(map(_name, reports)), reports, pick_examples(evaluators, subjects, each=gallery))
     print_written({"out": out, "html": html}, as_json=as_json)
 
 
@@ -153,14 +154,6 @@ def print_written(files: Mapping[str, Path | None], *, as_json: bool) -> None:
         emit(written, as_json=False)
 
 
-def write_page(path: Path, report: Report, examples: Sequence[Example]) -> None:
-    """The HTML page of one evaluation, written atomically."""
-    from texttok_cli.metrics.report import by_samples
-
-    reports = by_samples(report)
-    _write_page(path, list(map(_name, reports)), reports, examples)
-
-
 def _save_statistics(path: Path, evaluator: Evaluator) -> None:
     from texttok_cli.metrics.sources import write_statistics
 
@@ -180,7 +173,7 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     names = [path.stem if len(found) == 1 else f"{path.stem}: {_name(part)}" for path, found in parts for part in found]
     rows = compare(reports)
     if html is not None:
-        _write_page(html, names, reports, [])
+        write_page(html, names, reports, [])
     if as_json:
         emit({"reports": names, "rows": [_row_json(row) for row in rows]}, as_json=True)
     else:
@@ -207,7 +200,8 @@ def print_table(names: Sequence[str], rows: Sequence[Row]) -> None:
     print_columns(lines)
 
 
-def _write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:
+def write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:
+    """The HTML page of some reports of one model each, written atomically."""
     from texttok_cli.bench.eval_page import eval_page
     from texttok_cli.files import atomic_path
 
