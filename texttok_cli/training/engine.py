@@ -97,17 +97,13 @@ class Engine:
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
-    def _local(self, module: Any, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Within it a backward pass leaves the gradients of `module` unaveraged, unless it is the last part of a step."""
-        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext() if last else self.accelerator.no_sync(module)
-        return context
-
     def accumulate(self, module: Any, size: int, parts: int, backward: Callable[[slice], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Run `backward` on each of `parts` equal slices of a batch of `size`; the means of the scalars that it returns."""
         step = size // parts
         values: dict[str, Tensor] = {}
         for i in range(parts):
-            with self._local(module, last=i == parts - 1):
+            # The last part's backward pass averages over processes what all have left in the gradients of `module`.
+            with contextlib.nullcontext() if i == parts - 1 else self.accelerator.no_sync(module):
                 part = backward(slice(i * step, (i + 1) * step))
             values = {name: values.get(name, 0.0) + value.detach() / parts for name, value in part.items()}
         return values
