@@ -17,6 +17,7 @@ from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenize
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import NO_CAPTION_HELP
 from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.models.bottleneck import VQ, Latents
@@ -245,10 +246,8 @@ def encode_dataset(
 
 
 def _check_text(item_id: str, what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: from a file name of other bytes, or an escape in JSON
-        raise DataError(f"{item_id}: {what} is not Unicode text; rename or rewrite it as UTF-8") from None
+    if not is_utf8(text):  # half of a surrogate pair: from a file name of other bytes, or an escape in JSON
+        raise DataError(f"{item_id}: {what} is not Unicode text; rename or rewrite it as UTF-8")
     if len(text) > MAX_TEXT:
         raise DataError(f"{item_id}: {what} has {len(text):,} characters, over the limit of {MAX_TEXT:,}")
 
