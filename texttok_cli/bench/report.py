@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, read_json_object
 from texttok_cli.metrics.report import MUST_AGREE, Report, Result, load_report
 
-Cell = str
 Curves = dict[str, dict[int, list[float]]]  # rFIDs by number of tokens, for each kind of model
 MISSING = "-"
 
@@ -28,7 +27,7 @@ class Table:
 
     title: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[str]]
     remark: str = ""
     picture: Path | None = None
 
@@ -136,7 +135,7 @@ def _latency_tables(found: Found) -> list[Table]:
     return tables
 
 
-def _latency_cells(row: Row) -> list[Cell]:
+def _latency_cells(row: Row) -> list[str]:
     shown = [row.image_size, row.tokens, row.batch, row.steps]
     start = [row.part, row.system, *(MISSING if value is None else str(value) for value in shown)]
     if row.seconds is None or row.seconds_per_image is None:
@@ -145,7 +144,7 @@ def _latency_cells(row: Row) -> list[Cell]:
     return [*start, f"{row.seconds_per_image:.4g}", f"{row.seconds.low:.4g} to {row.seconds.high:.4g} ({row.seconds.repeats})", note]
 
 
-def _target_cells(target: Target) -> list[Cell]:
+def _target_cells(target: Target) -> list[str]:
     bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", target.least), ("<=", target.most)) if bound is not None]
     reached = MISSING if target.reached is None else f"{target.reached:.4g}"
     met = {None: MISSING, True: "yes", False: "no"}[target.met]
@@ -228,17 +227,15 @@ def _rfid_tables(results: Sequence[Result], out: Path) -> list[Table]:
         said = ", ".join(f"{name} {getattr(card, name)}" for name in unlike)
         name, caption = "rfid" if number == 1 else f"rfid-{number}", f"{card.n:,} images of {card.reference}, {card.size} px"
         [picture, *_] = plot_rfid(curves[protocol], out / name, caption=caption, image_size=card.size)
-        table = _curve_table(f"rFID by number of tokens: {caption}", curves[protocol])
-        tables.append(
-            replace(table, remark=f"apart from the other plots of rFID, as they differ in {said}" if said else "", picture=picture)
-        )
+        remark = f"apart from the other plots of rFID, as they differ in {said}" if said else ""
+        tables.append(_curve_table(f"rFID by number of tokens: {caption}", curves[protocol], remark, picture))
     return tables
 
 
-def _curve_table(title: str, curves: Curves) -> Table:
+def _curve_table(title: str, curves: Curves, remark: str, picture: Path) -> Table:
     tokens = sorted({n for curve in curves.values() for n in curve})
     rows = [[name, *(", ".join(f"{value:.4g}" for value in curve.get(n, [])) or MISSING for n in tokens)] for name, curve in curves.items()]
-    return Table(title, ["models", *map(str, tokens)], rows)
+    return Table(title, ["models", *map(str, tokens)], rows, remark, picture)
 
 
 def rfid_by_tokens(results: Sequence[Result]) -> Curves:
