@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from texttok_cli.bench.paper import SD_VAE
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import (
-    SD_VAE,
     Where,
     check_fits,
     forward_bytes,

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 
 from texttok_cli.bench.generate import asked_sampling, generation_rows, sd_vae_work
+from texttok_cli.bench.paper import SD_VAE
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.subjects import (
     PATCH_OF_SIZE,
     SAMPLE_SET,
     SAMPLE_SIDE,
-    SD_VAE,
     T5_OF_SIZE,
     T5_WIDTH,
     TEXT_TOKENS,

@@ -44,4 +44,4 @@ def points(size: int) -> dict[str, list[Point]]:
     seconds = column("table5", "generation", "TexTok", size)
     ours = [Point(f"TexTok-{n}", seconds[n], fid(f"TexTok-{n} + DiT-XL", size)) for n in sorted(seconds)]
     [reference] = column("table5", "generation", SD_VAE, size).values()
-    return {"TexTok + DiT-XL": ours, "SD-VAE-f8 + DiT-XL/2": [Point("DiT-XL/2", reference, fid("DiT-XL/2", size))]}
+    return {"TexTok + DiT-XL": ours, f"{SD_VAE} + DiT-XL/2": [Point("DiT-XL/2", reference, fid("DiT-XL/2", size))]}

@@ -23,7 +23,6 @@ T5_OF_SIZE = {256: "XL", 512: "XXL"}  # Sec. 4.1
 T5_WIDTH = {"XL": 2048, "XXL": 4096}
 TEXT_TOKENS = 128  # Sec. 4.1
 PATCH_OF_SIZE = {256: 8, 512: 16}
-SD_VAE = "SD-VAE-f8"
 SAMPLE_SET, SAMPLE_SIDE = PRETRAINED / "emoji128-val.tar", 128  # pictures that come with the package
 RESERVE = 1e9  # bytes that the rest of the program and of the machine may want meanwhile
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +46,10 @@ def sweep(
     network = FidInception(offline=offline).to(device)
     references = _References(ref, network, device)
     opener: Opener = partial(open_system, images=spec.images, seed=spec.seed, device=device, precision=precision, offline=offline)
-    looked = {series.name: _look(series, opener) for series in spec.series}
+    tokens: dict[str, int] = {}
+    identities: dict[str, Mapping[str, object]] = {}
+    for series in spec.series:
+        tokens[series.name], identities[series.name] = _look(series, opener)
     store, timer = PointStore(out / "points"), Timer(device)
     common = {
         "reference": references.identity,
@@ -66,7 +68,7 @@ def sweep(
 
     points: list[PointResult] = []
     for series in spec.series:
-        identity = common | looked[series.name].identity | {"labels": series.labels}
+        identity = {**common, **identities[series.name], "labels": series.labels}
         for point in _points(series, opener, store, identity, measure):
             points.append(point)
             on_point(len(points), total, f"{series.name}, {point.steps} steps: FID {point.fid:.2f}")
@@ -75,7 +77,7 @@ def sweep(
         machine=machine,
         reference=spec.reference,
         protocol=_protocol(spec, network, references, precision),
-        tokens={name: facts.tokens for name, facts in looked.items()},
+        tokens=tokens,
         points=points,
         paper_size=paper_size,
     )
@@ -84,23 +86,18 @@ def sweep(
 Opener = Callable[[Series], System]
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What is known of a system once it was opened."""
+def _look(series: Series, opener: Opener) -> tuple[int, Mapping[str, object]]:
+    """Tokens and identity of a system, which is opened and let go of.
 
-    tokens: int
-    identity: dict[str, object]
-
-
-def _look(series: Series, opener: Opener) -> _Facts:
-    """Open it and let go of it: what is not available, and a setting that it can't take, is reported before hours are spent on others."""
+    So what is not available, and a setting that it can't take, is reported before hours are spent on others.
+    """
     system = opener(series)
     try:
         for setting in settings(series):
             plan_sampling(system.config, Sampling(setting.sampler, setting.steps, parse_cfg(setting.cfg)), by_null=True)
     except RecipeError as err:
         raise RecipeError(f"{series.name}: {err}") from None
-    return _Facts(system.tokens, dict(system.identity))
+    return system.tokens, system.identity
 
 
 def _points(
