@@ -20,7 +20,7 @@ from torch import Tensor
 
 from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_tokenizer_file, load_generator_file
 from texttok_cli.config import Labels, Precision
-from texttok_cli.config.schema import ClassLabels, Prompt, TokenLatents
+from texttok_cli.config.schema import ClassLabels, PromptCondition, TokenLatents
 from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
@@ -231,7 +231,7 @@ def load_generator(
     if weaker is not None:
         _check_guide(info, weaker[1], decoder.info)
     text, condition = decoder.text, dit.cfg.condition
-    if not isinstance(condition, Prompt):
+    if not isinstance(condition, PromptCondition):
         text = None
     elif text is None or text.config != condition.encoder:
         text = EmbeddingCache(load_text_encoder(condition.encoder, device=where, offline=offline))

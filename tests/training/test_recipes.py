@@ -8,7 +8,7 @@ import pytest
 
 from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
-from texttok_cli.config.schema import ClassEmbedding, Prompt, SamplingDefaults, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, PromptCondition, SamplingDefaults, TextCondition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import lr_scale
@@ -140,7 +140,7 @@ def expected_generator_millions(recipe: GeneratorRecipe) -> float:
     total = (channels * d + d) + (256 * d + d) + (d * d + d) + (2 * d * d + 2 * d) + (2 * channels * d + 2 * channels)
     heads = 2 * d // cfg.backbone.heads if cfg.backbone.qk_norm else 0
     block += heads
-    if isinstance(cfg.condition, Prompt):
+    if isinstance(cfg.condition, PromptCondition):
         block += 2 * (d * d + d) + (2 * d * d + 2 * d) + heads
         total += (cfg.condition.encoder.dim * d + d) + cfg.condition.null_tokens * d
     else:
@@ -251,7 +251,7 @@ def test_a_generator_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, 
         "schedule={steps: 2, warmup: 0}",
         "training={batch_size: 2, compile: false, log_every: 1, text_cache: false, start_from: null}",
     ]
-    if isinstance(recipe.model.condition, Prompt):
+    if isinstance(recipe.model.condition, PromptCondition):
         overrides += ["model.condition.encoder={kind: hash, name: null, dim: 16, max_tokens: 24, precision: fp32}"]
     else:
         overrides += ["model.condition.num_classes=2"]

@@ -246,7 +246,7 @@ class ClassLabels(Config):
     dropout: float = Field(0.1, ge=0, le=1)  # DiT
 
 
-class Prompt(Config):
+class PromptCondition(Config):
     """Text tokens through a cross-attention layer in every block (Sec. 4.5, as PixArt's)."""
 
     source: Literal["text"]
@@ -312,7 +312,7 @@ class GeneratorConfig(Config):
 
     latents: Annotated[TokenLatents | GridLatents, Field(discriminator="kind")] = TokenLatents()
     backbone: Annotated[Transformer, BeforeValidator(_size_of(DIT_SIZES))] = Field("XL", validate_default=True)
-    condition: Annotated[ClassLabels | Prompt, Field(discriminator="source")] = ClassLabels()
+    condition: Annotated[ClassLabels | PromptCondition, Field(discriminator="source")] = ClassLabels()
     process: Annotated[DDPM | Flow, Field(discriminator="kind")] = DDPM()
     sampling: SamplingDefaults = SamplingDefaults()
 

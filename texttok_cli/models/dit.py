@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import DDPM, ClassLabels, GeneratorConfig, GridLatents, Prompt, TokenLatents, Transformer
+from texttok_cli.config.schema import DDPM, ClassLabels, GeneratorConfig, GridLatents, PromptCondition, TokenLatents, Transformer
 from texttok_cli.models.condition import Condition, ConditionProjection
 from texttok_cli.models.layers import Attention, CrossAttention, run_blocks
 from texttok_cli.models.prepared import PreparedDiT
@@ -45,9 +45,9 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(dim)
         # The last row is the null class.
         self.classes = nn.Embedding(cond.num_classes + 1, dim) if isinstance(cond, ClassLabels) else None
-        self.project = ConditionProjection(cond.encoder.dim, dim) if isinstance(cond, Prompt) else None
-        self.null_tokens = nn.Parameter(torch.empty(cond.null_tokens, dim)) if isinstance(cond, Prompt) else None
-        self.blocks = nn.ModuleList(DiTBlock(cfg.backbone, cross=isinstance(cond, Prompt)) for _ in range(cfg.backbone.depth))
+        self.project = ConditionProjection(cond.encoder.dim, dim) if isinstance(cond, PromptCondition) else None
+        self.null_tokens = nn.Parameter(torch.empty(cond.null_tokens, dim)) if isinstance(cond, PromptCondition) else None
+        self.blocks = nn.ModuleList(DiTBlock(cfg.backbone, cross=isinstance(cond, PromptCondition)) for _ in range(cfg.backbone.depth))
         self.final_norm = _plain_norm(dim)
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.to_output = nn.Linear(dim, predictions * features)

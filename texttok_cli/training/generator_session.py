@@ -16,7 +16,7 @@ from torch import Tensor
 
 from texttok_cli.checkpoint import ModelInfo, load_generator_file, load_tokenizer_file, read_tokenizer_info, save_generator
 from texttok_cli.config.recipe import GeneratorRecipe
-from texttok_cli.config.schema import Prompt, TextCondition, TokenLatents
+from texttok_cli.config.schema import PromptCondition, TextCondition, TokenLatents
 from texttok_cli.data import to_uint8
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
 from texttok_cli.data.sources import expand
@@ -115,7 +115,11 @@ def _tokenizer(recipe: GeneratorRecipe, offline: bool) -> tuple[Path, ModelInfo]
             f"model.latents are {latents.num_tokens} tokens of {latents.latent_dim} channels, those of {info.name}"
             f" {theirs.num_tokens} of {theirs.latent_dim}"
         )
-    if isinstance(condition, Prompt) and isinstance(theirs.condition, TextCondition) and condition.encoder != theirs.condition.encoder:
+    if (
+        isinstance(condition, PromptCondition)
+        and isinstance(theirs.condition, TextCondition)
+        and condition.encoder != theirs.condition.encoder
+    ):
         raise RecipeError(
             f"model.condition.encoder is not that of {info.name} ({theirs.condition.encoder.model_dump()}): one embedding serves"
             " the generator and the detokenizer"
@@ -144,11 +148,11 @@ def _conditions(
 ) -> _Known:
     condition = recipe.model.condition
     reads_text = isinstance(tokenizer.header.model.condition, TextCondition)
-    if recipe.data.captions is not None and (reads_text or not isinstance(condition, Prompt)):
+    if recipe.data.captions is not None and (reads_text or not isinstance(condition, PromptCondition)):
         raise RecipeError(
             "data.captions: is for a text-to-image model on tokens of a model without text; for others encode again with those captions"
         )
-    if isinstance(condition, Prompt):
+    if isinstance(condition, PromptCondition):
         overrides = None if recipe.data.captions is None else Path(recipe.data.captions)
         texts = [store.texts(overrides) for store in stores]
         cache = recipe.training.text_cache

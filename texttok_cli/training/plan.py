@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.recipe import TokenizerRecipe
-from texttok_cli.config.schema import GeneratorConfig, GridLatents, Prompt, TextCondition, TextEncoderConfig, TokenizerConfig
+from texttok_cli.config.schema import GeneratorConfig, GridLatents, PromptCondition, TextCondition, TextEncoderConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
@@ -46,7 +46,7 @@ def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:
     """The model on the meta device, and the FLOPs of one forward pass on one image with all text tokens real."""
     with torch.device("meta"):
         model = DiT(cfg).eval()
-        cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, Prompt) else None
+        cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, PromptCondition) else None
         class_ids = torch.zeros(1, dtype=torch.long) if cond is None else None
         return model, _flops(model, torch.empty(1, *model.latent_shape), torch.zeros(1), class_ids, cond)
 
