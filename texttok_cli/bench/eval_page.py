@@ -15,7 +15,7 @@ from torch import Tensor
 
 from texttok_cli.bench.html import Html, bullets, definitions, details, element, figure, heading, page, paragraph, picture, table
 from texttok_cli.data import to_image
-from texttok_cli.metrics.report import Card, Report, Result, Row, compare
+from texttok_cli.metrics.report import Card, MetricComparison, Report, Result, compare
 
 DIFFERENCE_FACTOR = 4  # a difference of 64 of 255 levels is white
 TILE_PIXELS = (168, 256)  # least and greatest width of an image on a wide screen
@@ -59,7 +59,7 @@ def eval_page(names: Sequence[str], reports: Sequence[Report], examples: Sequenc
 # ------------------------------------------------------------------ numbers and cards
 
 
-def _numbers(names: Sequence[str], reports: Sequence[Report], rows: Sequence[Row]) -> Html:
+def _numbers(names: Sequence[str], reports: Sequence[Report], rows: Sequence[MetricComparison]) -> Html:
     header = ["", "tokens", *(row.metric + (" (differs)" if row.unlike else "") for row in rows), "n", "text"]
     columns = [[_number(result) for result in row.results] for row in rows]
     body = []
@@ -80,7 +80,7 @@ def _tokens(card: Card) -> str:
     return f"{card.tokens:,} × {card.channels:,} channels" if card.codes is None else f"{card.tokens:,} of {card.codes:,} codes"
 
 
-def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
+def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[MetricComparison]) -> list[str]:
     """What a reader of the table must know: warnings that several models share once, and where cards differ."""
     warned: dict[str, list[str]] = {}
     for name, report in zip(names, reports, strict=True):

@@ -16,7 +16,7 @@ from texttok_cli.metrics.protocols import DECLARED, NOT_CHECKED, PROTOCOLS, Prot
 if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
     from texttok_cli.metrics.evaluator import Evaluator
-    from texttok_cli.metrics.report import Card, Report, Result, Row
+    from texttok_cli.metrics.report import Card, MetricComparison, Report, Result
 
 
 def finish(
@@ -188,7 +188,7 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
         raise typer.Exit(1)
 
 
-def print_table(names: Sequence[str], rows: Sequence[Row]) -> None:
+def print_table(names: Sequence[str], rows: Sequence[MetricComparison]) -> None:
     """A row for each metric, a column for each report."""
     from texttok_cli.console import print_columns
 
@@ -213,11 +213,11 @@ def _name(report: Report) -> str:
     return report.results[0].card.samples
 
 
-def _labels_unknown(row: Row) -> bool:
+def _labels_unknown(row: MetricComparison) -> bool:
     cards = [result.card for result in row.results if result is not None]
     return len(cards) > 1 and all(card.task == "generation" and (card.labels or DECLARED).endswith(DECLARED) for card in cards)
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: MetricComparison) -> dict[str, Any]:
     values = [None if result is None else result.value for result in row.results]
     return {"metric": row.metric, "values": values, "unlike": sorted(row.unlike)}

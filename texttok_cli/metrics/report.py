@@ -142,7 +142,7 @@ def by_samples(report: Report) -> list[Report]:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MetricComparison:
     """A metric in every report (None: not in it), and in which fields their cards differ: name -> the values, in order."""
 
     metric: str
@@ -150,14 +150,14 @@ class Row:
     unlike: Mapping[str, list[object]]
 
 
-def compare(reports: Sequence[Report]) -> list[Row]:
+def compare(reports: Sequence[Report]) -> list[MetricComparison]:
     """The reports side by side, by metric."""
     by_name = [{result.metric: result for result in report.results} for report in reports]
     metrics = list(dict.fromkeys(name for found in by_name for name in found))
-    return [_row(metric, [found.get(metric) for found in by_name]) for metric in metrics]
+    return [_comparison(metric, [found.get(metric) for found in by_name]) for metric in metrics]
 
 
-def _row(metric: str, results: list[Result | None]) -> Row:
+def _comparison(metric: str, results: list[Result | None]) -> MetricComparison:
     cards = [result.card for result in results if result is not None]
     values: dict[str, list[object]] = {name: [getattr(card, name) for card in cards] for name in MUST_AGREE}
-    return Row(metric, results, {name: found for name, found in values.items() if any(value != found[0] for value in found)})
+    return MetricComparison(metric, results, {name: found for name, found in values.items() if any(value != found[0] for value in found)})
