@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from texttok_cli.bench.subjects import Where
+from texttok_cli.bench.networks import Where
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import bare_step
 from texttok_cli.config.loader import load_recipe

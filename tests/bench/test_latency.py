@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from texttok_cli.bench import generate, latency, subjects, task, training
+from texttok_cli.bench import generate, latency, networks, task, training
 from texttok_cli.bench.latency import PARTS, Part, sums
-from texttok_cli.bench.plain import plain_reconstruct
-from texttok_cli.bench.results import Row, Target
-from texttok_cli.bench.subjects import (
+from texttok_cli.bench.networks import (
     DoesNotFit,
     Where,
     check_fits,
@@ -23,7 +21,9 @@ from texttok_cli.bench.subjects import (
     tokenizer_config,
     weights_bytes,
 )
-from texttok_cli.bench.task import Task, Work
+from texttok_cli.bench.plain import plain_reconstruct
+from texttok_cli.bench.results import Row, Target
+from texttok_cli.bench.task import Task, Workload
 from texttok_cli.bench.timing import Timer, spread_of
 from texttok_cli.commands.bench import PART_NAMES
 from texttok_cli.config.loader import load_recipe
@@ -123,7 +123,7 @@ def test_few_steps_stand_for_all_by_the_passes_that_guidance_takes(monkeypatch: 
 
 @pytest.mark.usefixtures("tiny")
 def test_what_does_not_fit_is_said_and_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects, "free_memory", lambda device: int(1e9))  # all of it in reserve
+    monkeypatch.setattr(networks, "free_memory", lambda device: int(1e9))  # all of it in reserve
     monkeypatch.setattr(latency, "materialize", lambda *_: pytest.fail("allocated"))
     rows = list(latency._texttok(make_task(), "encode", "Baseline", 4, 256))
     assert [row.seconds for row in rows] == [None, None]
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_built(monkeypatch: pytest.Monk
 
 
 def test_training_of_the_paper_s_models_asks_for_its_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects, "free_memory", lambda device: int(8e9))
+    monkeypatch.setattr(networks, "free_memory", lambda device: int(8e9))
     rows = list(PARTS["train"](make_task(tokens=[32], batches=[1])))
     assert [row.system for row in rows] == ["tokenizer/texttok-32-256", "tokenizer/baseline-32-256", "generator/dit-l-32-256"]
     assert all(row.seconds is None and (row.image_size, row.tokens, row.batch) == (256, 32, 1) for row in rows)
@@ -146,7 +146,7 @@ def test_training_of_the_paper_s_models_asks_for_its_memory_first(monkeypatch: p
 def test_a_training_step_s_memory_is_free_before_the_next_one_s_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     built, make = [], training.training_step
 
-    def step(*args: Any) -> Work:
+    def step(*args: Any) -> Workload:
         work = make(*args)
         built.append(weakref.ref(work))
         return work

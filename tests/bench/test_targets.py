@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from texttok_cli.bench import generate, program, targets
+from texttok_cli.bench.networks import DoesNotFit, Where
 from texttok_cli.bench.results import Target
-from texttok_cli.bench.subjects import DoesNotFit, Where
 from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Spread, spread_of
 from texttok_cli.bench.training import bare_step, timed_recipe, training_step

@@ -13,7 +13,7 @@ from PIL import Image
 
 from texttok_cli.captioners import run
 from texttok_cli.captioners.attributes import COLOURS, Attributes, describe, measure, parse
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written, limit_words, with_article
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written, limit_words, with_article
 from texttok_cli.captioners.known import ClassText, Sidecar
 from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.captioners.store import CaptionLines
@@ -104,7 +104,7 @@ def test_the_shards_captions_have_this_form(real_shards: list[Path]) -> None:
 
 
 def test_class_text_and_sidecar(picture: Picture) -> None:
-    subjects = [Subject(picture((200, 30, 30)), "flower/tulip", "two tulips"), Subject(picture())]
+    subjects = [CaptionInput(picture((200, 30, 30)), "flower/tulip", "two tulips"), CaptionInput(picture())]
     plain, failed = ClassText()(subjects)
     assert plain == Written("a photo of a tulip") and isinstance(failed, CaptionFailed)
     measured = ClassText("a {} ({})", measured=True)(subjects)[0]
@@ -176,7 +176,7 @@ class Fake:
     def __init__(self, concurrency: int = 0) -> None:
         self.concurrency, self.calls, self.threads = concurrency, [], set()
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, subjects: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         self.calls.append(len(subjects))
         self.threads.add(threading.current_thread())
         time.sleep(0.01)
@@ -222,7 +222,7 @@ def test_what_stops_every_image_is_raised_and_the_threads_end(
 
 def test_an_id_is_no_text_of_a_class(picture: Picture) -> None:
     names = ["n01440764", "train/n01440764", "207", "fish/207"]
-    told = ClassText()([Subject(picture(), name) for name in names])
+    told = ClassText()([CaptionInput(picture(), name) for name in names])
     assert [str(failed) for failed in told] == [
         f"class {name}: is an id, not a word; name the classes in a manifest's `class`" for name in names
     ]

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from tiny_models import COCA_CONTEXT, pictures
 
-from texttok_cli.captioners.base import Subject, Written
+from texttok_cli.captioners.base import CaptionInput, Written
 from texttok_cli.captioners.coca import END, START, CoCa
 from texttok_cli.errors import BackendError
 
@@ -52,8 +52,8 @@ def test_it_writes_what_open_clips_generate_writes(coca: CoCa, own_generate: Non
 
 
 def test_a_batch_gives_every_image_the_caption_it_gets_alone(coca: CoCa) -> None:
-    captions = coca([Subject(image) for image in pictures()])
-    assert captions == [coca([Subject(image)])[0] for image in pictures()]
+    captions = coca([CaptionInput(image) for image in pictures()])
+    assert captions == [coca([CaptionInput(image)])[0] for image in pictures()]
     assert all(isinstance(caption, Written) and "<" not in caption.text for caption in captions)
     first, second, *_ = coca.network(pixels_of(coca), torch.full((3, 1), START), output_labels=False)["logits"]
     assert (first - second).abs().max() > 0.01, "the image plays a part"
@@ -73,7 +73,7 @@ def test_the_end_comes_not_too_early_and_ends_each_row(coca: CoCa, monkeypatch: 
         return out
 
     monkeypatch.setattr(coca.network, "forward", forced)
-    assert coca([Subject(image) for image in pictures(2)]) == [Written("cat cat cat cat"), Written("cat cat cat cat cat cat")]
+    assert coca([CaptionInput(image) for image in pictures(2)]) == [Written("cat cat cat cat"), Written("cat cat cat cat cat cat")]
 
 
 def test_text_reads_as_a_sentence_up_to_its_end(coca: CoCa) -> None:

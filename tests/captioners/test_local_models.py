@@ -10,7 +10,7 @@ from PIL import Image
 
 from texttok_cli import assets
 from texttok_cli.assets import ASSETS
-from texttok_cli.captioners.base import Subject
+from texttok_cli.captioners.base import CaptionInput
 from texttok_cli.captioners.efficientnet import EfficientNetLite0
 from texttok_cli.captioners.language import LocalLanguageModel
 from texttok_cli.errors import BackendError
@@ -63,7 +63,7 @@ def test_real_photographs(classifier: Any) -> None:
     (first, second), (best, *_) = (found[:2] if i == 0 else found for i, found in enumerate(classifier.top([cup, cat], 5)))
     assert {first[0], second[0]} & {"espresso", "cup"} and best[0] in ("tabby", "tiger cat", "Egyptian cat")
     assert 1 >= first[1] >= second[1] >= 0
-    written = classifier([Subject(cup), Subject(cat)])
+    written = classifier([CaptionInput(cup), CaptionInput(cat)])
     assert all(" in the middle, " in caption.text for caption in written)
 
 

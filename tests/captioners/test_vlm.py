@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FLORENCE_TASK, pictures
 from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt, load_prompt
 from texttok_cli.captioners.vlm import VisionLanguageModel
 from texttok_cli.errors import BackendError
@@ -50,8 +50,8 @@ def load(folder: Path | str, **options: Any) -> VisionLanguageModel:
     return VisionLanguageModel(str(folder), PROMPT, **{**defaults, **options})
 
 
-def subjects(count: int = 3) -> list[Subject]:
-    return [Subject(image) for image in pictures(count)]
+def subjects(count: int = 3) -> list[CaptionInput]:
+    return [CaptionInput(image) for image in pictures(count)]
 
 
 @pytest.mark.parametrize("kind", list(TOLD))
@@ -111,7 +111,7 @@ def test_an_image_that_is_refused_fails_alone(chatting: VisionLanguageModel, mon
 
     monkeypatch.setattr(kind, "__call__", narrow)
     first, last = subjects(2)
-    outcomes = chatting([first, Subject(Image.new("RGB", (300, 2))), last])
+    outcomes = chatting([first, CaptionInput(Image.new("RGB", (300, 2))), last])
     assert isinstance(outcomes[1], CaptionFailed)
     assert str(outcomes[1]) == "the model's processor refuses it: absolute aspect ratio must be smaller than 100"
     assert [outcomes[0], outcomes[2]] == chatting([first, last])

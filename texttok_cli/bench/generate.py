@@ -13,9 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from texttok_cli.bench.paper import SD_VAE
-from texttok_cli.bench.results import Row
-from texttok_cli.bench.subjects import (
+from texttok_cli.bench.networks import (
     Where,
     check_fits,
     forward_bytes,
@@ -24,7 +22,9 @@ from texttok_cli.bench.subjects import (
     materialize,
     weights_bytes,
 )
-from texttok_cli.bench.task import Task, Work, joined
+from texttok_cli.bench.paper import SD_VAE
+from texttok_cli.bench.results import Row
+from texttok_cli.bench.task import Task, Workload, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig
 from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
@@ -62,7 +62,7 @@ def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Ro
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows, cfg.backbone.width, 4)
 
-    def build() -> Callable[[int], Work]:
+    def build() -> Callable[[int], Workload]:
         dit = untrained_dit(cfg, where)
         return lambda batch: guided_sampling(dit, batch, part, where)
 
@@ -80,13 +80,13 @@ def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
     return materialize(lambda: DiT(cfg), where, where.precision)
 
 
-def guided_sampling(dit: DiT, batch: int, how: Sampling, where: Where) -> Work:
+def guided_sampling(dit: DiT, batch: int, how: Sampling, where: Where) -> Workload:
     """A whole sampling run of a batch, each sample of another class."""
     class_ids = _classes(dit, batch, where)
     return lambda: sample(dit, how, seeds=range(batch), class_ids=class_ids, autocast=where.precision == "bf16")
 
 
-def guided_forward(dit: DiT, batch: int, where: Where) -> Work:
+def guided_forward(dit: DiT, batch: int, where: Where) -> Workload:
     """One forward pass of B samples under their class and B under the null class."""
     class_ids = _classes(dit, batch, where)
     both = torch.cat([class_ids, torch.full_like(class_ids, _num_classes(dit))])
@@ -101,7 +101,7 @@ def guided_forward(dit: DiT, batch: int, where: Where) -> Work:
     return forward
 
 
-def captured(work: Work) -> Work:
+def captured(work: Workload) -> Workload:
     """On a GPU: the work recorded as a CUDA graph, which launches all of its kernels at once."""
     graph = torch.cuda.CUDAGraph()
     with sdpa_kernel(RECORDABLE):
@@ -120,13 +120,13 @@ def _num_classes(dit: DiT) -> int:
     return dit.cfg.condition.num_classes
 
 
-def sd_vae_work(part: Literal["encode", "decode"], image_size: int, where: Where) -> Callable[[int], Work]:
+def sd_vae_work(part: Literal["encode", "decode"], image_size: int, where: Where) -> Callable[[int], Workload]:
     """SD-VAE, and by the number of images what a half of it does. BackendError without diffusers."""
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
     model: Any = materialize(untrained_sd_vae, where)
 
-    def work(batch: int) -> Work:
+    def work(batch: int) -> Workload:
         images = torch.rand(batch, 3, image_size, image_size, device=where.device) * 2 - 1
         z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
 

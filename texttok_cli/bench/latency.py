@@ -14,9 +14,7 @@ from PIL import Image
 from torch import nn
 
 from texttok_cli.bench.generate import asked_sampling, generation_rows, sd_vae_work
-from texttok_cli.bench.paper import SD_VAE
-from texttok_cli.bench.results import Row
-from texttok_cli.bench.subjects import (
+from texttok_cli.bench.networks import (
     PATCH_OF_SIZE,
     SAMPLE_SET,
     SAMPLE_SIDE,
@@ -33,7 +31,9 @@ from texttok_cli.bench.subjects import (
     tokenizer_config,
     weights_bytes,
 )
-from texttok_cli.bench.task import Task, Work
+from texttok_cli.bench.paper import SD_VAE
+from texttok_cli.bench.results import Row
+from texttok_cli.bench.task import Task, Workload
 from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
 from texttok_cli.data import eval_batches, open_dataset, to_image
@@ -81,10 +81,10 @@ def _text(task: Task) -> Iterator[Row]:
         def activations(batch: int, width: int = T5_WIDTH[name]) -> float:
             return forward_bytes(batch * TEXT_TOKENS, width, 2)
 
-        def build(network: Callable[[], nn.Module] = network) -> Callable[[int], Work]:
+        def build(network: Callable[[], nn.Module] = network) -> Callable[[int], Workload]:
             encoder = materialize(lambda: network().bfloat16(), task.where)
 
-            def work(batch: int) -> Work:
+            def work(batch: int) -> Workload:
                 ids = torch.randint(0, 32_000, (batch, TEXT_TOKENS), device=task.where.device)
                 return torch.inference_mode()(lambda: encoder(ids, None))
 
@@ -112,10 +112,10 @@ def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: 
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows_of(cfg), cfg.backbone.width, where.element)
 
-    def build() -> Callable[[int], Work]:
+    def build() -> Callable[[int], Workload]:
         model = materialize(lambda: TexTok(cfg), where, where.precision)
 
-        def work(batch: int) -> Work:
+        def work(batch: int) -> Workload:
             cond = text_states(cfg, batch, where)
             images = torch.rand(batch, 3, size, size, device=where.device) * 2 - 1
             z = torch.randn(batch, tokens, cfg.latent_dim, device=where.device)
@@ -205,7 +205,7 @@ def _eval(task: Task) -> Iterator[Row]:
 
 
 def _caption(task: Task) -> Iterator[Row]:
-    from texttok_cli.captioners.base import Subject
+    from texttok_cli.captioners.base import CaptionInput
     from texttok_cli.captioners.classifier import Classifier
 
     row = Row(
@@ -217,8 +217,8 @@ def _caption(task: Task) -> Iterator[Row]:
         yield skipped(row, str(err))
         return
     for batch in task.batches:
-        subjects = [Subject(Image.effect_noise((SAMPLE_SIDE, SAMPLE_SIDE), 64).convert("RGB"))] * batch
-        yield task.timed(row.model_copy(update={"batch": batch}), lambda subjects=subjects: captioner(subjects))  # type: ignore[misc]
+        inputs = [CaptionInput(Image.effect_noise((SAMPLE_SIDE, SAMPLE_SIDE), 64).convert("RGB"))] * batch
+        yield task.timed(row.model_copy(update={"batch": batch}), lambda inputs=inputs: captioner(inputs))  # type: ignore[misc]
 
 
 def skipped(row: Row, reason: str) -> Row:

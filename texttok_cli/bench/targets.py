@@ -15,10 +15,7 @@ import torch
 
 from texttok_cli.bench.generate import MEASURED_STEPS, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
 from texttok_cli.bench.machine import block_products, products
-from texttok_cli.bench.plain import plain_reconstruct
-from texttok_cli.bench.program import memory, start
-from texttok_cli.bench.results import Target
-from texttok_cli.bench.subjects import (
+from texttok_cli.bench.networks import (
     SAMPLE_SET,
     SAMPLE_SIDE,
     DoesNotFit,
@@ -30,15 +27,17 @@ from texttok_cli.bench.subjects import (
     text_states,
     tokenizer_config,
 )
-from texttok_cli.bench.task import Task, Work
+from texttok_cli.bench.plain import plain_reconstruct
+from texttok_cli.bench.program import memory, start
+from texttok_cli.bench.results import Target
+from texttok_cli.bench.task import Task, Workload
 from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import bare_step, loader_work, timed_recipe, training_step
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import open_dataset
 from texttok_cli.diffusion import Guidance, Sampling
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.evaluator import Evaluator
-from texttok_cli.metrics.evaluator import Work as EvaluationWork
+from texttok_cli.metrics.evaluator import Evaluator, Work
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.sources import FileImages
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
@@ -88,7 +87,7 @@ def _tokenizer(task: Task) -> Iterator[Target]:
         with torch.inference_mode(), where.autocast():
             return decode(encode(images, cond).z, cond)
 
-    works: dict[str, Work] = {"ours": ours, "plain fp32": lambda: plain_reconstruct(plain, images, cond)}
+    works: dict[str, Workload] = {"ours": ours, "plain fp32": lambda: plain_reconstruct(plain, images, cond)}
     flops = {"ours": batch * count_flops(cfg)[1]}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         works[name], flops[name] = products(block_products(batch * rows_of(cfg), cfg.backbone.width), dtype, where.device)
@@ -222,7 +221,7 @@ def _evaluation(task: Task) -> Iterator[Target]:
     prepared = (torch.randn(32, 3, 299, 299, device=task.where.device)).contiguous(memory_format=torch.channels_last)
 
     def evaluate() -> None:
-        for batch in EvaluationWork(images, None, paired=False).batches(32):
+        for batch in Work(images, None, paired=False).batches(32):
             evaluator.update(batch)
 
     @torch.no_grad()

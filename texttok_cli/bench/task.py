@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from texttok_cli.bench.networks import DoesNotFit, Where, check_fits
 from texttok_cli.bench.results import Row
-from texttok_cli.bench.subjects import DoesNotFit, Where, check_fits
 from texttok_cli.bench.timing import Timer
 
 # On a CPU time is proportional to the rows of the matrices once there are some thousands: a part of a longer batch is run.
 MAX_CPU_ROWS = 4096
-Work = Callable[[], object]
+Workload = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
     sampler: str
     guidance: str
 
-    def timed(self, row: Row, work: Work, *, times: float = 1.0, repeats: int | None = None) -> Row:
+    def timed(self, row: Row, work: Workload, *, times: float = 1.0, repeats: int | None = None) -> Row:
         """The row with the time of `work`, multiplied by `times` and by what the row is a multiple of already."""
         times *= row.times
         return row.model_copy(update={"seconds": self.timer.measure(work, repeats=repeats).scaled(times), "times": times})
@@ -38,13 +38,13 @@ class Task:
         return batch if self.where.device.type != "cpu" else max(1, min(batch, MAX_CPU_ROWS // rows))
 
     def time_batches(
-        self, row: Row, rows: int, weights: float, activations: Callable[[int], float], build: Callable[[], Callable[[int], Work]]
+        self, row: Row, rows: int, weights: float, activations: Callable[[int], float], build: Callable[[], Callable[[int], Workload]]
     ) -> Iterator[Row]:
         """A row for each batch size, of a network of so many bytes, each image of which is so many matrix rows.
 
         Nothing is allocated (`build()`) before it is known to fit. On a CPU a part of a batch may stand for all of it.
         """
-        work_of: Callable[[int], Work] | None = None
+        work_of: Callable[[int], Workload] | None = None
         for batch in self.batches:
             part = self.part_of(batch, rows)
             this = row.model_copy(update={"batch": batch})

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from texttok_cli.bench.networks import DoesNotFit, Where, check_fits, rows_of, weights_bytes
 from texttok_cli.bench.results import Row
-from texttok_cli.bench.subjects import DoesNotFit, Where, check_fits, rows_of, weights_bytes
-from texttok_cli.bench.task import Task, Work, joined
+from texttok_cli.bench.task import Task, Workload, joined
 from texttok_cli.config.loader import AnyRecipe, load_recipe
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, TextCondition, TokenizerConfig, Transformer
@@ -95,18 +95,18 @@ def timed_recipe(name: str, batch: int, where: Where) -> AnyRecipe:
     return load_recipe(name, [*alone, "training.compile=false", f"training.batch_size={batch}", f"training.precision={where.precision}"])
 
 
-def training_step(recipe: AnyRecipe, folder: Path, where: Where) -> Work:
+def training_step(recipe: AnyRecipe, folder: Path, where: Where) -> Workload:
     """The program's step: of a tokenizer on random images and text, of a class-conditional generator on the next latents in memory."""
     return _generator_step(recipe, folder, where) if isinstance(recipe, GeneratorRecipe) else _tokenizer_step(recipe, folder, where)
 
 
-def bare_step(recipe: AnyRecipe, where: Where) -> Work:
+def bare_step(recipe: AnyRecipe, where: Where) -> Workload:
     """Forward, backward and optimizer of an equal model: of a tokenizer by l2 alone on the same images and text, compiled if the recipe
     says so; of a generator on latents, classes, times and noise that are known beforehand."""
     return _bare_generator_step(recipe, where) if isinstance(recipe, GeneratorRecipe) else _bare_tokenizer_step(recipe, where)
 
 
-def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Work:
+def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Workload:
     engine = Engine(recipe.training, out=folder, device=where.device.type)
     images, cond = _random_batch(recipe, where)
     task = TokenizerTask(recipe, engine, lambda indices: {"cond": cond}, None)
@@ -114,7 +114,7 @@ def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Work
     return lambda: task.step(whole, next(steps))
 
 
-def _bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Work:
+def _bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Workload:
     images, cond = _random_batch(recipe, where)
     torch.manual_seed(recipe.training.seed)  # as the task's
     model = TexTok(recipe.model).to(where.device)
@@ -147,14 +147,14 @@ def _random_batch(recipe: TokenizerRecipe, where: Where) -> tuple[Tensor, Condit
     return images, Condition(torch.randn(batch, longest, width, generator=rng), torch.arange(longest) < lengths[:, None]).to(where.device)
 
 
-def loader_work(dataset: Dataset, image_size: int, batch: int, *, workers: int = 0) -> Work:
+def loader_work(dataset: Dataset, image_size: int, batch: int, *, workers: int = 0) -> Workload:
     """The training loader's next batch of these images."""
     loader = TrainLoader(dataset, image_size=image_size, batch_size=batch, seed=0, flip=True, workers=workers)
     batches = loader.batches()
     return lambda: list(islice(batches, 1))
 
 
-def _generator_step(recipe: GeneratorRecipe, folder: Path, where: Where) -> Work:
+def _generator_step(recipe: GeneratorRecipe, folder: Path, where: Where) -> Workload:
     engine = Engine(recipe.training, out=folder, device=where.device.type)
     z, class_ids = _random_latents(recipe, STORED, where)
     nothing: list[str | None] = [None] * STORED
@@ -164,7 +164,7 @@ def _generator_step(recipe: GeneratorRecipe, folder: Path, where: Where) -> Work
     return lambda: task.step(next(batches), next(steps))
 
 
-def _bare_generator_step(recipe: GeneratorRecipe, where: Where) -> Work:
+def _bare_generator_step(recipe: GeneratorRecipe, where: Where) -> Workload:
     x0, class_ids = _random_latents(recipe, recipe.training.batch_size, where)
     x0 = x0.to(where.device)
     torch.manual_seed(recipe.training.seed)  # as the task's

@@ -20,7 +20,7 @@ class CaptionFailed(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class CaptionInput:
     """An image (RGB) to be captioned, and what is known of it: its class and the caption beside it."""
 
     image: Image.Image
@@ -44,7 +44,7 @@ class Captioner(Protocol):
     prompt: Prompt | None
     concurrency: int  # calls that may run at the same time, each with one image; 0: batches, one after the other
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A text for each of them, or why there is none. BackendError for what would stop every other image too."""
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from texttok_cli.captioners.attributes import describe, measure
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written, with_article
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written, with_article
 from texttok_cli.captioners.efficientnet import IMAGE_SIZE, load_efficientnet
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data import center_crop, to_tensor
@@ -31,15 +31,15 @@ class Classifier:
         self.network = load_efficientnet(device=device, offline=offline)
         self.labels, self.device = imagenet_labels(), device
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each; a class or caption that is known already plays no part."""
         try:
-            found = self.top([subject.image for subject in subjects], MOST_LABELS)
+            found = self.top([given.image for given in inputs], MOST_LABELS)
         except DataError as err:  # of one too narrow to be cropped: the others must not lose their captions
-            if len(subjects) == 1:
+            if len(inputs) == 1:
                 return [CaptionFailed(str(err))]
-            return [self([subject])[0] for subject in subjects]
-        return [Written(describe(_head(best), measure(subject.image))) for subject, best in zip(subjects, found, strict=True)]
+            return [self([given])[0] for given in inputs]
+        return [Written(describe(_head(best), measure(given.image))) for given, best in zip(inputs, found, strict=True)]
 
     @torch.no_grad()
     def top(self, images: Sequence[Image.Image], k: int) -> list[list[tuple[str, float]]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.assets import is_offline
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
 
@@ -52,9 +52,9 @@ class CoCa:
         self.decode: Any = open_clip.get_tokenizer(name).decode
         self.device = torch.device(device)
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each."""
-        pixels = torch.stack([self.prepare(subject.image) for subject in subjects]).to(self.device)
+        pixels = torch.stack([self.prepare(given.image) for given in inputs]).to(self.device)
         return [self._read(row) for row in self._generate(pixels).tolist()]
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.client import ChatClient
 from texttok_cli.captioners.prompts import Prompt
 
@@ -28,9 +28,9 @@ class Endpoint:
         self.prompt: Prompt | None = prompt
         self.text = prompt.text
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each, or why there is none."""
-        return [self._caption(subject.image) for subject in subjects]
+        return [self._caption(given.image) for given in inputs]
 
     def _caption(self, image: Image.Image) -> Written | CaptionFailed:
         content: list[dict[str, Any]] = [{"type": "text", "text": self.text}, {"type": "image_url", "image_url": {"url": _data_url(image)}}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from texttok_cli.captioners.attributes import describe, measure
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data.labels import CLASS_TEXT, class_text
 from texttok_cli.errors import DataError
@@ -23,18 +23,18 @@ class ClassText:
         self.template, self.measured = template or CLASS_TEXT, measured
         self.prompt: Prompt | None = Prompt("template", None, self.template)
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each that has a class."""
-        return [self._caption(subject) for subject in subjects]
+        return [self._caption(given) for given in inputs]
 
-    def _caption(self, subject: Subject) -> Written | CaptionFailed:
-        if subject.class_name is None:
+    def _caption(self, given: CaptionInput) -> Written | CaptionFailed:
+        if given.class_name is None:
             return CaptionFailed("has no class")
         try:
-            text = class_text(subject.class_name, self.template)
+            text = class_text(given.class_name, self.template)
         except DataError as err:
             return CaptionFailed(str(err))
-        return Written(describe(text, measure(subject.image)) if self.measured else text)
+        return Written(describe(text, measure(given.image)) if self.measured else text)
 
 
 class Sidecar:
@@ -45,6 +45,6 @@ class Sidecar:
     prompt: Prompt | None = None
     concurrency = 0
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """The caption of each that has one."""
-        return [CaptionFailed("has no text beside it") if each.caption is None else Written(each.caption) for each in subjects]
+        return [CaptionFailed("has no text beside it") if each.caption is None else Written(each.caption) for each in inputs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from texttok_cli.captioners.base import Captioner, CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import Captioner, CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.pool import concurrently
 from texttok_cli.data import Dataset, load_image
 from texttok_cli.errors import DataError
@@ -29,7 +29,7 @@ def caption_dataset(
 
 
 def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> list[tuple[int, Outcome, str | None]]:
-    subjects: dict[int, Subject] = {}
+    inputs: dict[int, CaptionInput] = {}
     hashes: dict[int, str] = {}
     outcomes: dict[int, Outcome] = {}
     for index in indices:
@@ -37,11 +37,11 @@ def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> 
         try:
             data = dataset.read(index)
             hashes[index] = hashlib.sha256(data).hexdigest()
-            subjects[index] = Subject(load_image(data, name=item.id), item.class_name, item.caption)
+            inputs[index] = CaptionInput(load_image(data, name=item.id), item.class_name, item.caption)
         except DataError as err:
             outcomes[index] = CaptionFailed(str(err).removeprefix(f"{item.id}: "))
-    if subjects:
-        for index, outcome in zip(subjects, captioner(list(subjects.values())), strict=True):
+    if inputs:
+        for index, outcome in zip(inputs, captioner(list(inputs.values())), strict=True):
             empty = isinstance(outcome, Written) and not outcome.text.split()
             outcomes[index] = CaptionFailed("the model wrote nothing") if empty else outcome
     return [(index, outcomes[index], hashes.get(index)) for index in indices]

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from texttok_cli.assets import is_offline
-from texttok_cli.captioners.base import CaptionFailed, Subject, Written
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
 
@@ -65,16 +65,16 @@ class VisionLanguageModel:
         self.max_tokens = max_tokens
         self._text, self.prompt = _told(self.processor.whole, model.config.model_type, prompt)
 
-    def __call__(self, subjects: Sequence[Subject]) -> list[Written | CaptionFailed]:
+    def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each, written greedily and in one batch. BackendError if the device's memory is too small for it."""
         try:
-            return self._write([subject.image for subject in subjects])
+            return self._write([given.image for given in inputs])
         except torch.OutOfMemoryError:
-            raise BackendError(f"{self.model}: out of memory with {len(subjects)} images at once; use a smaller --batch-size") from None
+            raise BackendError(f"{self.model}: out of memory with {len(inputs)} images at once; use a smaller --batch-size") from None
         except ValueError as err:  # how processors refuse an image, say a very narrow one: the others must not lose their captions
-            if len(subjects) == 1:
+            if len(inputs) == 1:
                 return [CaptionFailed(f"the model's processor refuses it: {' '.join(str(err).split())}")]
-            return [self([subject])[0] for subject in subjects]
+            return [self([given])[0] for given in inputs]
 
     @torch.no_grad()
     def _write(self, images: Sequence[Image.Image]) -> list[Written | CaptionFailed]:

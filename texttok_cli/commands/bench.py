@@ -58,9 +58,9 @@ def latency(
 
     from texttok_cli.bench.latency import check
     from texttok_cli.bench.machine import describe
+    from texttok_cli.bench.networks import Where
     from texttok_cli.bench.report import latency_table, target_table
     from texttok_cli.bench.results import LatencyResult
-    from texttok_cli.bench.subjects import Where
     from texttok_cli.bench.task import Task
     from texttok_cli.bench.timing import Timer
     from texttok_cli.inference import pick_device
