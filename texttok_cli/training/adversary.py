@@ -38,13 +38,8 @@ class Adversary:
         self._logits = torch.zeros(2, device=engine.device)  # means of D(real) and D(fake) in the step under way
 
     def weight(self, step: int) -> float:
-        """The generator's weight at an optimizer step: 0 before `start`, then rising over `ramp` steps to `weight`."""
-        since = step - self.cfg.start
-        return 0.0 if since < 0 else self.cfg.weight * min(1.0, (since + 1) / max(1, self.cfg.ramp))
-
-    def active(self, step: int) -> bool:
-        """Whether the discriminator takes part at this optimizer step."""
-        return step >= self.cfg.start
+        """The generator's weight at an optimizer step from `start` on: it rises over `ramp` steps to `weight`."""
+        return self.cfg.weight * min(1.0, (step - self.cfg.start + 1) / max(1, self.cfg.ramp))
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """What the tokenizer is charged for images (B, 3, H, W) in [0, 1], unweighted; no gradient reaches the discriminator."""

@@ -85,7 +85,7 @@ class TokenizerTask:
             self.reconstruct, len(images), parts, lambda part: self._backward(images[part], indices[part], step, 1 / parts)
         )
         values["grad_norm"] = gradient_norm(self.parameters)
-        adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
+        adversary = self._adversary_at(step)
         if adversary is not None:
             values["d_grad_norm"] = adversary.gradient_norm()
         taken = self.guard.accepts(values["grad_norm"], *([values["d_grad_norm"]] if adversary is not None else []))
@@ -107,7 +107,7 @@ class TokenizerTask:
         output, latents = self.reconstruct(x, **self.condition(indices))
         real, fake = (x + 1) / 2, (output.float() + 1) / 2
         losses: dict[str, Tensor] = self._reconstruction_losses(real, fake, step) | latents.losses
-        adversary = self.adversary if self.adversary is not None and self.adversary.active(step) else None
+        adversary = self._adversary_at(step)
         if adversary is not None:
             gan = adversary.generator_loss(fake)
             weight = adversary.weight(step) * (self._adaptive(losses, gan) if adversary.cfg.adaptive else 1.0)
@@ -116,6 +116,10 @@ class TokenizerTask:
         self.engine.backward(share * loss)
         health: dict[str, Tensor] = {} if adversary is None else adversary.backward(real, fake.detach(), step, share)
         return losses | {"loss": loss} | health
+
+    def _adversary_at(self, step: int) -> Adversary | None:
+        """The adversary, if there is one and it takes part at this optimizer step."""
+        return self.adversary if self.adversary is not None and step >= self.adversary.cfg.start else None
 
     def _reconstruction_losses(self, real: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
         """Weighted losses by name, on images in [0, 1]."""
