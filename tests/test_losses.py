@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from texttok_cli.assets import ASSETS, Asset, TorchFile, _in_package
-from texttok_cli.config.recipe import PerceptualLoss
+from texttok_cli.config.recipe import LpipsNet, PerceptualLoss, PerceptualNet
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
-from texttok_cli.losses import LpipsNet, Perceptual, PerceptualNet, ResNetLogits, build_perceptual, l2
+from texttok_cli.losses import Perceptual, ResNetLogits, build_perceptual, l2
 
 NETS = get_args(LpipsNet)
 # ImageNet trunks are a download: parity is shown with random ones of the same form.

@@ -6,17 +6,13 @@ Letters: B batch, H and W sides of the image, F channels of a feature map.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from texttok_cli.assets import load_torch_weights, resolve
-
-LpipsNet = Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex"]
-PerceptualNet = Literal[LpipsNet, "resnet50-logits"]
-GanKind = Literal["non_saturating", "hinge"]
+from texttok_cli.config.recipe import GanKind, LpipsNet, PerceptualNet
 
 # LPIPS normalises images in [-1, 1] by these.
 SHIFT = (-0.030, -0.088, -0.188)

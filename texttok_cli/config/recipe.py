@@ -19,6 +19,9 @@ def _listed(value: Any) -> Any:
 
 
 Paths = Annotated[list[str], BeforeValidator(_listed)]
+LpipsNet = Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex"]
+PerceptualNet = Literal[LpipsNet, "resnet50-logits"]
+GanKind = Literal["non_saturating", "hinge"]
 
 
 class DataConfig(Config):
@@ -53,7 +56,7 @@ class LatentData(Config):
 class PerceptualLoss(Config):
     """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
 
-    net: Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex", "resnet50-logits"] = "lpips-vgg"
+    net: PerceptualNet = "lpips-vgg"
     weight: float = Field(0.1, ge=0)  # [I] config; MAGVIT App. B.2
     start: int = Field(0, ge=0)  # optimizer step from which it counts
 
@@ -70,7 +73,7 @@ class DiscriminatorConfig(Config):
 class AdversarialLoss(Config):
     """GAN with R1 and LeCAM (Sec. 3.2, following MAGVIT-v2), from one optimizer step on."""
 
-    kind: Literal["non_saturating", "hinge"] = "non_saturating"
+    kind: GanKind = "non_saturating"
     weight: float = Field(0.1, ge=0)  # [I] config, MAGVIT
     start: int = Field(80_000, ge=0)  # [I] config
     ramp: int = Field(0, ge=0)  # steps over which the generator's weight then grows from 0
