@@ -52,6 +52,8 @@ def test_a_setting_that_is_given_twice_is_one_point(tmp_path: Path) -> None:
         (("name: sweep", "name: ../evil"), "name: String should match pattern"),
         (("images: 8", "image: 8"), "image: Extra inputs"),
         (("images: 8", "images: ["), "not YAML"),
+        (("images: 8", "images: 2024-13-45"), "not YAML: month must be in 1..12"),
+        (("images: 8", "images: 8\nimages: 9"), "the key 'images' stands twice"),
     ],
 )
 def test_a_wrong_spec_is_one_line_with_its_key(change: tuple[str, str], message: str, tmp_path: Path) -> None:

@@ -131,6 +131,43 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
         load_recipe(str(recipe))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [tokenizer]\n", r"task \['tokenizer'\] is not one of"),
+        ("extends: 5\n", "extends names a recipe, or a list of them, not 5"),
+        ("extends: [[base]]\n", "extends names a recipe"),
+        ("extends: /\n", "extends '/', which is neither beside it"),
+        ("model: {backbone: {size: [S]}}\n", r"model.backbone: size \['S'\] is not one of S, B"),
+        ("data: {train: 2024-13-45}\n", "not readable as YAML: month must be in 1..12"),
+        ("data: {train: !!bool x}\n", "not readable as YAML"),
+        ("data: " + "[" * 3000 + "]" * 3000, "not readable as YAML: nested too deeply"),
+        ("data: {train: x}\nmodel: {}\ndata: {train: y}\n", "not readable as YAML: .*the key 'data' stands twice"),
+    ],
+)
+def test_odd_values_are_one_clear_line(recipe: Path, text: str, message: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(recipe))
+
+
+def test_a_key_over_one_that_is_merged_in_stands_once(recipe: Path) -> None:
+    assert load_recipe(str(recipe), ["data={<<: {train: a, val: b}, train: c}"]).data.train == ["c"]
+
+
+def test_an_override_that_is_no_value_is_one_clear_line(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"override 'schedule\.steps=2024-13-45': the value is not readable"):
+        load_recipe(str(recipe), ["schedule.steps=2024-13-45"])
+
+
+def test_what_aliases_blow_up_is_shown_short(recipe: Path) -> None:
+    lists = "".join(f"  - &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+    recipe.write_text(f"data:\n  train:\n  - &a0 [x]\n{lists}")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(recipe))
+    assert len(str(caught.value)) < 100_000
+
+
 def test_the_dump_loads_as_the_same_recipe() -> None:
     for name, schema in (("tokenizer/texttok-32-256", TokenizerRecipe), ("generator/t2i-xl-32-256", GeneratorRecipe)):
         loaded = load_recipe(name)

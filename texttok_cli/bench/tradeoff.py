@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from texttok_cli.bench.curves import Comparison, Point, best, gain_at_equal_time
 from texttok_cli.bench.results import PointResult, TradeoffResult
 from texttok_cli.bench.timing import Timer
 from texttok_cli.config import Labels
+from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.schema import Config
 from texttok_cli.diffusion import parse_cfg
 from texttok_cli.errors import DataError, RecipeError
@@ -73,12 +73,13 @@ class Spec(Config):
 def load_spec(path: Path) -> Spec:
     """A spec from YAML. RecipeError names the first key that is wrong."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Spec.model_validate(value)
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise RecipeError(f"{path}: {err.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(err).split())}") from None
+    except ValueError as err:
+        raise RecipeError(f"{path}: not YAML: {err}") from None
+    try:
+        return Spec.model_validate(value)
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"]))

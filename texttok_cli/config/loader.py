@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from texttok_cli.errors import RecipeError
 
 # A mapping that changes one of these is another thing: it replaces what it extends instead of being merged into it.
 DISCRIMINATORS = ("source", "kind")
 OF_A_SIZE = ("depth", "width", "heads")  # what a backbone's `size` stands for, and therefore replaces
+SHORT = reprlib.Repr()  # of a value in a message: aliases can make a short file's value endless
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 AnyRecipe = TokenizerRecipe | GeneratorRecipe
 TASKS: dict[str, type[AnyRecipe]] = {"tokenizer": TokenizerRecipe, "generator": GeneratorRecipe}
 
@@ -46,7 +50,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
         data = merge(data, _parse_override(override))
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     task = data.get("task", "tokenizer")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise RecipeError(f"{where}: task {task!r} is not one of {', '.join(TASKS)}")
     try:
         return TASKS[task].model_validate(data)
@@ -85,21 +89,24 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(err).split())}") from None
+        data = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as err:
+        raise RecipeError(f"{path}: not readable as YAML: {err}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is a {type(data).__name__}")
-    parents = data.pop("extends", [])
+    said = data.pop("extends", [])
+    parents = said if isinstance(said, list) else [said]
+    if not all(isinstance(parent, str) for parent in parents):
+        raise RecipeError(f"{path}: extends names a recipe, or a list of them, not {SHORT.repr(said)}")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         merged = merge(merged, _read(_find_parent(parent, path), (*seen, path)))
     return merge(merged, data)  # type: ignore[no-any-return]
 
 
 def _find_parent(name: str, child: Path) -> Path:
     for path in (child.parent / name, recipes_root() / name):
-        file = path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+        file = path if path.suffix == ".yaml" else Path(f"{path}.yaml")
         if file.is_file():
             return file
     raise RecipeError(f"{child}: extends {name!r}, which is neither beside it nor among the recipes of texttok")
@@ -110,8 +117,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(key.split(".")):
         raise RecipeError(f"override {text!r}: write it as key.subkey=value, for example training.batch_size=64")
     try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed: Any = parse_yaml(value)
+    except ValueError:
         raise RecipeError(f"override {text!r}: the value is not readable as YAML; quote it") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -126,7 +133,7 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(names)}"
         return f"unknown key {where!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] == "missing" or isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    given = "" if error["type"] == "missing" or isinstance(error["input"], dict) else f" (given: {SHORT.repr(error['input'])})"
     return f"{where or 'recipe'}: {message[0].lower()}{message[1:]}{given}"
 
 

@@ -75,7 +75,7 @@ def _size_of(sizes: dict[str, dict[str, int]]) -> Callable[[Any], Any]:
         if isinstance(value, dict) and "size" in value:
             value = dict(value)
             size = value.pop("size")
-            if size not in sizes:
+            if not isinstance(size, str) or size not in sizes:
                 raise ValueError(f"size {size!r} is not one of {', '.join(sizes)}")
             value = {**sizes[size], **value}
         return value

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from texttok_cli import __version__
 from texttok_cli.config.loader import dump_recipe
+from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.recipe import Recipe
 from texttok_cli.config.schema import Config
 from texttok_cli.data import to_image
@@ -66,9 +65,9 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if file.exists() and (self.metrics_path.exists() or self._states() or self.finished):
             try:  # by the schema: a field that is new since then has the value that it had before there was one
-                said = yaml.safe_load(file.read_text(encoding="utf-8"))
+                said = parse_yaml(file.read_text(encoding="utf-8"))
                 old = type(recipe).model_validate(said)
-            except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
+            except ValueError:  # no YAML, or not of the schema
                 raise RecipeError(
                     f"{file}: is not a recipe of this task and version, so its run can't be resumed; choose another --out"
                 ) from None
