@@ -227,6 +227,9 @@ def drop_key(text: str, key: str) -> str:
         (lambda text: drop_key(text, "model_sha256"), "model_sha256: Field required"),
         (lambda text: text.replace('"texttok_index": 2', '"texttok_index": 7'), "update texttok"),
         (lambda text: text.replace("shard-00000", "../shard-00000"), "shards.0.file"),
+        (lambda text: text.replace('"images": 1', f'"images": {10**30}'), "shards.0.images"),
+        (lambda text: text.replace('"total": [', '"total": [0.5,'), "its statistics are not all of the same number of channels"),
+        (lambda text: text.replace('"std": [', '"std": [0.5,'), "its statistics are not all of the same number of channels"),
     ],
 )
 def test_a_damaged_index_is_refused_in_one_line(damage: Callable[[str], str], reason: str, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "an original size": (lambda h, t: h["original_sizes"].__setitem__(0, [-1, 5]), "header.original_sizes.0.0"),
     "int8 without scale": (lambda h, t: h.update(dtype="int8"), "mean and std go with dtype int8"),
     "a scale without int8": (lambda h, t: h.update(mean=MEAN, std=STD), "mean and std go with dtype int8"),
+    "half a scale without int8": (lambda h, t: h.update(mean=MEAN), "mean and std go with dtype int8"),
     "a scale of other channels": (
         lambda h, t: (h.update(dtype="int8", mean=MEAN, std=STD[:2]), t.update(z=t["z"].to(torch.int8))),
         "mean and std are not of its 3 channels",

@@ -13,7 +13,7 @@ from itertools import count, starmap
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from texttok_cli.config.schema import Config
@@ -21,6 +21,7 @@ from texttok_cli.errors import TokenFileError
 from texttok_cli.files import parse_header, sha256_file, write_json
 from texttok_cli.tokens import (
     FORMAT,
+    MAX_IMAGES,
     SUFFIX,
     Channels,
     Name,
@@ -70,7 +71,7 @@ class Shard(Config):
     """One file of a token folder; the statistics are of the latents as stored (None: codes)."""
 
     file: str = Field(pattern=r"^shard-\d{5,12}\.tok\.safetensors$")
-    images: int = Field(ge=1)
+    images: int = Field(ge=1, le=MAX_IMAGES)
     sha256: Sha256
     statistics: Statistics | None
 
@@ -91,6 +92,15 @@ class TokenIndex(Config):
     mean: Channels | None = None  # of each channel of all latents
     std: Channels | None = None
     shards: list[Shard] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _statistics_agree(self) -> TokenIndex:
+        parts = [shard.statistics for shard in self.shards if shard.statistics is not None]
+        lists = [values for part in parts for values in (part.total, part.squares)]
+        lists += [values for values in (self.mean, self.std) if values is not None]
+        if len({len(values) for values in lists}) > 1:
+            raise ValueError("its statistics are not all of the same number of channels")
+        return self
 
     def statistics(self) -> Statistics | None:
         """Of all latents; None for codes or an empty folder."""

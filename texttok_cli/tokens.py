@@ -58,7 +58,7 @@ class TokenHeader(Config):
         for name in _columns(self):
             if len(getattr(self, name)) != len(self.ids):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.ids)} images")
-        if (self.dtype == "int8") != (self.mean is not None and self.std is not None):
+        if {self.mean is not None, self.std is not None} != {self.dtype == "int8"}:
             raise ValueError("mean and std go with dtype int8, and int8 needs both")
         if (self.codes is not None or self.dtype in ("int16", "int32")) and (self.codes is None or self.dtype != code_dtype(self.codes)):
             raise ValueError(f"codes {self.codes} and dtype {self.dtype} don't go together")
