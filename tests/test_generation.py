@@ -262,6 +262,7 @@ def test_unknown_classes(asked: str, names: list[str] | None, message: str) -> N
     ("name", "arguments", "message"),
     [
         ("class", {"prompts": ["a cat"]}, "class: is a class model (4 classes): give it classes, not prompts"),
+        ("prompt", {"prompts": ["caf\udce9"]}, r"prompt 'caf\udce9': is not Unicode text; write it as UTF-8"),
         ("prompt", {"classes": ["cat"]}, "prompt: is a text-to-image model: give it prompts, not classes"),
         ("class", {}, "give classes to a class model or prompts to a text-to-image model"),
         ("class", {"classes": []}, "0 classes or prompts and 0 seeds: give the same number of each, at least one"),

@@ -22,6 +22,7 @@ from texttok_cli.checkpoint import GeneratorInfo, ModelInfo, caption_hash, find_
 from texttok_cli.config import Labels, Precision
 from texttok_cli.config.schema import ClassLabels, PromptCondition, TokenLatents
 from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
+from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
@@ -177,6 +178,9 @@ class Generator:
     def _prompted(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
         if self.num_classes is not None:
             raise DataError(f"{self.info.name}: is a class model ({self.num_classes} classes): give it classes, not prompts")
+        wrong = next((prompt for prompt in prompts if not is_utf8(prompt)), None)
+        if wrong is not None:
+            raise DataError(f"prompt {wrong!a}: is not Unicode text; write it as UTF-8")
         return [Request(seed, text=prompt) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def _of_class(self, class_id: int, seed: int) -> Request:

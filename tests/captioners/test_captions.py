@@ -158,6 +158,9 @@ def test_captions_of_other_settings_or_no_captions_are_left_alone(tmp_path: Path
     with pytest.raises(DataError, match=r"captions.jsonl:1: not a JSON line"):
         CaptionLines(path, MADE_BY)
     assert path.read_text() == "not JSON\nmore\n"
+    path.write_text('{"id": ["a"]}\n')
+    with pytest.raises(DataError, match=r"captions\.jsonl:1: not a JSON line"):
+        CaptionLines(path, MADE_BY)
     for whole in ('{"id": 1}\nmore\n{"id"', "a note without a last newline"):  # not what a kill in the midst of writing leaves
         path.write_text(whole)
         with pytest.raises(DataError, match="not a JSON line"):

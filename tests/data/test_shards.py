@@ -151,14 +151,40 @@ def test_a_text_or_name_that_is_not_unicode_is_skipped_alone(make_shard):
     half = "half \ud83d"
     texts = [("b.png", PNG), ("b.json", {"caption": half}), ("c.png", PNG), ("c.json", {"class": half}), ("d\udcff.png", PNG)]
     unused = [("e.png", PNG), ("e.json", {"caption": "e", "captions": [half]})]
-    dataset = open_dataset([make_shard([("a.png", PNG), *texts, *unused])])
+    latin = [("f.png", PNG), ("f.txt", b"caf\xe9"), ("g.png", PNG), ("g.json", b'{"caption": "caf\xe9"}')]
+    dataset = open_dataset([make_shard([("a.png", PNG), *texts, *unused, *latin])])
     assert [item.id for item in dataset.items] == ["a", "e"]
     reason = "its caption or class in shard-0000.tar is not Unicode text; rewrite it as UTF-8"
     assert dataset.skipped == [
         Skipped("b", reason),
         Skipped("c", reason),
         Skipped(r"'d\udcff'", "its name in shard-0000.tar is not UTF-8; rename it"),
+        Skipped("f", reason),
+        Skipped("g", reason),
     ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(make_shard):
+    texts = [("a.png", PNG), ("a.txt", b"\xef\xbb\xbfone"), ("b.png", PNG), ("b.json", b'\xef\xbb\xbf{"caption": "two"}')]
+    assert [item.caption for item in open_dataset([make_shard(texts)]).items] == ["one", "two"]
+
+
+def test_a_class_that_is_no_text_is_listed(make_shard):
+    dataset = open_dataset([make_shard([("a.png", PNG), ("b.png", PNG), ("b.json", {"class": {"name": "x"}})])])
+    assert dataset.skipped == [Skipped("b", "its class in shard-0000.tar must be text")]
+
+
+def test_a_sparse_member_is_listed_and_never_read_as_its_neighbours_bytes(make_shard):
+    shard = make_shard([("a.png", PNG), ("b.png", PNG)])
+    data = bytearray(shard.read_bytes())
+    data[156:157] = tarfile.GNUTYPE_SPARSE
+    data[386:410] = b"%011o\0%011o\0" % (0, len(PNG))  # all of it, from its begin
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    shard.write_bytes(data)
+    dataset = open_dataset([shard])
+    assert [item.id for item in dataset.items] == ["b"]
+    assert dataset.skipped == [Skipped("a.png", "stored in parts: write shards without tar --sparse")]
 
 
 def test_a_text_of_absurd_size_is_not_read(make_shard):

@@ -83,10 +83,11 @@ def test_a_csv_without_an_image_column(tmp_path):
 
 def test_a_list_on_stdin(tmp_path, monkeypatch):
     image = write(tmp_path / "a b.png")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{image}\n\n{tmp_path}/gone.png\n"))
+    too_long = "x" * 5000
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{image}\n\n{tmp_path}/gone.png\n{too_long}\n"))
     dataset = open_dataset(["-"])
     assert [item.id for item in dataset.items] == [str(image)]
-    assert dataset.skipped == [Skipped(f"{tmp_path}/gone.png", "no such file")]
+    assert dataset.skipped == [Skipped(f"{tmp_path}/gone.png", "no such file"), Skipped(too_long, "no such file")]
 
 
 def test_a_path_on_stdin_that_is_not_utf8_is_skipped(tmp_path, monkeypatch):
@@ -200,6 +201,14 @@ def test_an_unreadable_line_of_captions_names_file_and_line(tmp_path, line):
     image = write(tmp_path / "a.png")
     captions = lines(tmp_path / "c.jsonl", {"id": "a.png", "caption": "fine"}, line)
     with pytest.raises(DataError, match=r"c\.jsonl:2: not a line of the form"):
+        open_dataset([image], captions=captions)
+
+
+@pytest.mark.parametrize("line", [r'{"id": "a", "caption": "half \ud83d"}', r'{"id": "\udcff", "caption": "x"}'])
+def test_half_a_character_in_captions_names_file_and_line(tmp_path, line):
+    image = write(tmp_path / "a.png")
+    captions = lines(tmp_path / "c.jsonl", {"id": "a.png", "caption": "fine"}, line)
+    with pytest.raises(DataError, match=r"c\.jsonl:2: its id or caption is not Unicode text"):
         open_dataset([image], captions=captions)
 
 

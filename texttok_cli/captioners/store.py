@@ -55,7 +55,7 @@ class CaptionLines:
     def _read(self, data: bytes) -> None:
         for number, line in enumerate(data.splitlines(), 1):
             row = _row(line)
-            if row is None and line.strip():
+            if (row is None and line.strip()) or (row is not None and not isinstance(row.get("id"), str | int | None)):
                 raise DataError(f"{self.path}:{number}: not a JSON line of captions; give another file with -o")
             if row is not None:
                 self._check(row)

@@ -31,7 +31,7 @@ def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
             yield Skipped(ascii(name), NOT_UTF8)
         elif name:
             path = Path(name)
-            yield Item(name, str(path), sidecar(path)) if path.is_file() else Skipped(name, "no such file")
+            yield Item(name, str(path), sidecar(path)) if _is_file(path) else Skipped(name, "no such file")
 
 
 def from_folder(folder: Path) -> Iterator[Item | Skipped]:
@@ -118,7 +118,7 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
         item_id, caption, class_name = (None if row.get(key) in (None, "") else row[key] for key in ("id", "caption", "class"))
         if not is_utf8(f"{row['image']}{item_id}{caption}{class_name}"):
             yield Skipped(where, "not UTF-8 text; rename or rewrite it as UTF-8")
-        elif not image.is_file():
+        elif not _is_file(image):
             yield Skipped(where, f"{row['image']}: no such file")
         elif not isinstance(caption, str | None) or not all(isinstance(v, str | int | None) for v in (item_id, class_name)):
             yield Skipped(where, "caption, class and id must be text")
@@ -163,6 +163,11 @@ def read_captions(path: Path) -> dict[str, str]:
     return dict(caption_lines(path))
 
 
+def _is_file(path: Path) -> bool:
+    """Also of a name that no file can have, such as one too long: Path.is_file raises an error for it."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def is_utf8(text: str) -> bool:
     """Whether a file's name or a text can be written down: bytes that are no UTF-8 arrive as lone surrogates."""
     try:
@@ -192,6 +197,8 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
             key = str(key)
         if not isinstance(key, str) or not isinstance(row.get("caption"), str):
             raise DataError(f"{path}:{number}: not a line of the form " + '{"id": ..., "caption": ...}')
+        if not is_utf8(key + row["caption"]):
+            raise DataError(f"{path}:{number}: its id or caption is not Unicode text; rewrite it as UTF-8")
         if row["caption"].strip():  # a blank one is none, as an empty NAME.txt is
             yield key, row["caption"]
 

@@ -42,6 +42,8 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
             yield Skipped(key, f"{path.name} is cut short after this image, where its caption may have been")
         elif not isinstance(info, dict):
             yield Skipped(key, f"its .json in {path.name} is damaged")
+        elif not isinstance(info.get("class"), str | int | None):
+            yield Skipped(key, f"its class in {path.name} must be text")
         else:
             class_name = info["class"] if "class" in info else texts.get(".cls")
             caption = _caption(info, texts.get(".txt"), caption_field)
@@ -86,7 +88,7 @@ def _note(index: _Index, shard: tarfile.TarFile, member: tarfile.TarInfo) -> Non
     elif suffix in TEXT_SUFFIXES:
         too_large = member.size > MAX_TEXT_BYTES
         file = None if too_large else shard.extractfile(member)
-        index.texts.setdefault(key, {})[suffix] = "" if file is None else file.read().decode("utf-8", "replace").strip()
+        index.texts.setdefault(key, {})[suffix] = "" if file is None else file.read().decode("utf-8-sig", "surrogateescape").strip()
 
 
 def _fault(member: tarfile.TarInfo, suffix: str, kind: str) -> str:
@@ -95,6 +97,8 @@ def _fault(member: tarfile.TarInfo, suffix: str, kind: str) -> str:
         return ""
     if not member.isfile():
         return "a link, not a file: write shards with tar --hard-dereference --dereference"
+    if member.issparse():
+        return "stored in parts: write shards without tar --sparse"
     if kind in FOREIGN_SUFFIXES:
         return foreign(kind)
     return "" if suffix == kind else "its key ends at the first dot: rename it"

@@ -9,7 +9,7 @@ from pathlib import Path
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data.items import Item
 from texttok_cli.data.labels import class_text
-from texttok_cli.data.listings import json_or_none
+from texttok_cli.data.listings import is_utf8, json_or_none
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 
@@ -65,6 +65,8 @@ class UnseenCaptions:
             name, caption = (row.get("class"), row.get("caption")) if isinstance(row, dict) else (None, None)
             if not isinstance(name, str) or not isinstance(caption, str) or not caption:
                 raise DataError(f"{where}: not a line of the form " + '{"class": ..., "caption": ...}')
+            if not is_utf8(caption):
+                raise DataError(f"{where}: its caption is not Unicode text; rewrite it as UTF-8")
             self._of.setdefault(name, []).append(caption)
         self.sha256 = sha256_file(path)
 
