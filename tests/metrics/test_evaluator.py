@@ -11,6 +11,7 @@ from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.errors import DataError
+from texttok_cli.files import load_safetensors, save_safetensors
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
@@ -269,6 +270,40 @@ def test_the_first_process_takes_in_what_each_of_the_others_found_once(fake: Non
         assert (evaluator.evidence.samples.n, evaluator.evidence.references.n) == (50, 45)
         assert len(evaluator.evidence.by_image["clip-score"].in_order()) == 50
         assert evaluator.compute()["fid"][0] == pytest.approx(whole["fid"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "1"), ("5", None), ("x", "2"), ("", "1"), ("-1", "1"), ("0", "-1")])
+def test_an_environment_that_names_no_process_is_told(rank: str, size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(DataError, match=r"RANK=.* and WORLD_SIZE=.* in the environment name no process of a run"):
+        Processes()
+
+
+@pytest.mark.parametrize("change", [{"done": "x"}, {"done": 10**6}, {"done": None}])
+def test_a_damaged_state_is_one_line(change: dict[str, object], fake: None, tmp_path: Path) -> None:
+    state, work = tmp_path / "state", Work(Drawn(8, 0), Drawn(8, 1), paired=False)
+
+    def run() -> None:
+        run_pass(
+            Evaluator(["fid"]),
+            work,
+            batch_size=8,
+            state=state,
+            identity={},
+            on_resume=lambda done: None,
+            on_batch=lambda batch: None,
+            more=True,
+        )
+
+    run()
+    header, tensors = load_safetensors(state, error=DataError)
+    for damaged in (({**header, **change}, tensors), (header, {"x": torch.zeros(1)})):
+        save_safetensors(state, damaged[1], damaged[0])
+        with pytest.raises(DataError, match="state: is damaged; remove it to start again"):
+            run()
 
 
 def test_a_reconstruction_is_compared_with_its_original(fake: None) -> None:

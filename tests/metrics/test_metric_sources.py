@@ -50,7 +50,7 @@ def test_a_written_batch_is_numpys(tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], batch())
 
 
-@pytest.mark.parametrize("array", [batch().astype(np.float32), batch()[..., :1], batch()[:, :4], np.asfortranarray(batch())])
+@pytest.mark.parametrize("array", [batch()[:0], batch().astype(np.float32), batch()[..., :1], batch()[:, :4], np.asfortranarray(batch())])
 def test_other_arrays_are_refused(array: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", array)
     with pytest.raises(DataError, match=r"not uint8 \(n, S, S, 3\)"):
@@ -102,6 +102,37 @@ def test_statistics_that_can_not_be_are_refused(tmp_path: Path, narrow: None) ->
         np.savez(path, mu=mean, sigma=covariance)
         with pytest.raises(DataError, match=what):
             read_npz_reference(path)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': '|u1'", "(" * 5000, "if x:\n  a\n b\n", "{'descr': '|u1', 'fortran_order': False, 'shape': (10**9, 9)}"]
+)
+@pytest.mark.parametrize("member", ["arr_0", "mu"])
+def test_a_damaged_header_is_one_short_line(member: str, header: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name in (member, "sigma"):
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(DataError) as error:
+        read_npz_reference(tmp_path / "a.npz")
+    assert str(error.value).startswith(f"{tmp_path}/a.npz: ") and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_member_that_is_no_array_a_huge_count_and_a_kind_of_packing_are_one_line(tmp_path: Path, narrow: None) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mu.npy", b"junk")
+        archive.writestr("sigma.npy", b"junk")
+    with pytest.raises(DataError, match="don't belong together"):
+        read_npz_reference(path)
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), n=np.inf)
+    with pytest.raises(DataError, match=r"not an \.npz of statistics or images"):
+        read_npz_reference(path)
+    np.savez(path, arr_0=batch())
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 255  # the version of zip that is needed
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="no image batch"):
+        NpzImages(path)
 
 
 def test_samples_are_taken_as_they_are_and_originals_cropped(draw: Draw, tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ class Processes:
     """Which process this is, and what they tell each other. The launcher says it in the environment."""
 
     def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        """DataError for an environment that names no process of a run: it would do the share of none, and say nothing."""
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+            raise DataError(f"RANK={rank} and WORLD_SIZE={size} in the environment name no process of a run: unset both, or use a launcher")
+        self.rank, self.size = int(rank), int(size)
 
     def device(self, asked: str) -> str:
         """The device asked for, or of several processes this one's own GPU. DataError for more processes than GPUs."""
@@ -80,7 +84,7 @@ def run_pass(
     identity = json.loads(json.dumps(identity))  # as it is read again
     done = 0
     if state is not None and state.exists():
-        done = _restore(evaluator, state, identity)
+        done = _restore(evaluator, state, identity, len(work))
         on_resume(done)
     saved = time.monotonic()
     for batch in work.batches(batch_size, start=done):
@@ -97,11 +101,17 @@ def _truncated(evaluator: Evaluator) -> int:
     return 0 if evaluator.clip is None else evaluator.clip.truncated
 
 
-def _restore(evaluator: Evaluator, state: Path, identity: Mapping[str, Any]) -> int:
+def _restore(evaluator: Evaluator, state: Path, identity: Mapping[str, Any], images: int) -> int:
     header, tensors = load_safetensors(state, error=DataError)
     if header.get("identity") != identity:
         raise DataError(f"{state}: is the state of another evaluation; remove it to start again, or give this one another -o OUT")
-    evaluator.evidence.load(tensors)
+    try:
+        evaluator.evidence.load(tensors)
+        truncated, done = int(header["truncated"]), int(header["done"])
+        if not 0 <= done <= images:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise DataError(f"{state}: is damaged; remove it to start again") from None
     if evaluator.clip is not None:
-        evaluator.clip.truncated = header["truncated"]
-    return int(header["done"])
+        evaluator.clip.truncated = truncated
+    return done

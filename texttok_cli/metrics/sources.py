@@ -6,8 +6,11 @@ Letters: n images, B batch, S image side.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import math
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -27,7 +30,11 @@ from texttok_cli.metrics.inception import POOL_DIM, SPATIAL_DIM
 from texttok_cli.metrics.statistics import Gaussian
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM's VIRTUAL_imagenet*.npz
-NUMPY_DAMAGED = (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+# What NumPy and zipfile raise for damaged files, by where the damage is: in the archive, in what is packed, in an array's header.
+NUMPY_DAMAGED = (
+    *(OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError, struct.error),
+)
 JPEG = b"\xff\xd8\xff"  # how such a file begins
 WIDTHS = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
 
@@ -112,8 +119,8 @@ class NpzImages(Images):
                 shape, fortran, dtype = _array_header(file)
                 whole = archive.getinfo("arr_0.npy").file_size == file.tell() + math.prod(shape)
         except NUMPY_DAMAGED as err:
-            raise DataError(f"{path}: no image batch (arr_0) can be read from it ({err})") from None
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise DataError(f"{path}: no image batch (arr_0) can be read from it ({_why(err)})") from None
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
             raise DataError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, S, S, 3)")
         if not whole:
             raise DataError(f"{path}: arr_0 does not have the size of uint8 {shape}: damaged or cut short")
@@ -132,7 +139,7 @@ class NpzImages(Images):
                     images = np.stack([self._one(file, begin + index * bytes_each) for index in chosen])
                     yield torch.tensor(chosen), torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         except NUMPY_DAMAGED as err:
-            raise DataError(f"{self.path}: damaged or cut short ({err})") from None
+            raise DataError(f"{self.path}: damaged or cut short ({_why(err)})") from None
 
     def fingerprint(self) -> str:
         """See `Images`."""
@@ -180,7 +187,7 @@ def read_npz_reference(path: Path) -> Reference:
             }
             has_images = "arr_0" in file
     except NUMPY_DAMAGED as err:
-        raise DataError(f"{path}: not an .npz of statistics or images ({' '.join(str(err).split())})") from None
+        raise DataError(f"{path}: not an .npz of statistics or images ({_why(err)})") from None
     if not given and not has_images:
         raise DataError(f"{path}: holds neither statistics (mu, sigma) nor images (arr_0)")
     images, named = NpzImages(path) if has_images else None, re.match(r"VIRTUAL_imagenet(\d+)", path.name)  # ADM's
@@ -218,6 +225,11 @@ def _digest(parts: Sequence[object], files: set[Path]) -> str:
     return hashlib.sha256(repr([*parts, stamps]).encode()).hexdigest()
 
 
+def _why(err: Exception) -> str:
+    """An error in a line; NumPy's may quote all of a header."""
+    return " ".join(str(err).split())[:200] or type(err).__name__
+
+
 def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -225,6 +237,7 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def _gaussian(path: Path, kind: str, mean: Any, covariance: Any, n: int | None) -> Gaussian:
+    mean, covariance = np.asarray(mean), np.asarray(covariance)  # a member that is no array comes as bytes
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape} don't belong together")
     if len(mean) != WIDTHS[kind]:
