@@ -341,6 +341,29 @@ def test_a_folder_of_something_else_is_left_alone(by_class: Run, tmp_path: Path)
     assert "is a file" in one_line(by_class("--class", "cat", "-o", tmp_path / "file").err)
 
 
+def test_an_image_that_was_cut_is_made_again(by_class: Run, tmp_path: Path) -> None:
+    args = ("--class", "cat", "-n", "3", "-o", tmp_path)
+    assert by_class(*args).code == 0
+    image = tmp_path / "images" / "000001.png"
+    whole = image.read_bytes()
+    for cut in (b"", whole[:-5]):
+        image.write_bytes(cut)
+        assert by_class(*args).code == 0 and image.read_bytes() == whole
+
+
+def test_a_damaged_npz_is_not_taken_for_done(by_class: Run, tmp_path: Path) -> None:
+    args = ("--class", "cat", "-n", "3", "--format", "npz", "-o", tmp_path)
+    assert by_class(*args).code == 0
+    file = tmp_path / "samples.npz"
+    file.write_bytes(file.read_bytes()[:500])
+    run = by_class(*args)
+    assert run.code == 1 and "remove it to make its images again" in one_line(run.err)
+    np.savez(file, np.zeros((2, 8, 8, 3), np.uint8))
+    assert "holds 2 images, not 3; remove it" in one_line(by_class(*args).err)
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    assert "settings.json: damaged" in one_line(by_class(*args).err)
+
+
 def test_command_and_api_have_the_same_defaults() -> None:
     command, api = (inspect.signature(function).parameters for function in (sample, Generator.sample))
     assert all(command[name].default == api[name].default for name in ("steps", "cfg", "sampler", "batch_size"))

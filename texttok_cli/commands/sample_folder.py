@@ -24,12 +24,13 @@ from PIL import Image
 from texttok_cli.data import to_image, to_tensor
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, check_can_be_folder, write_json
-from texttok_cli.metrics.sources import NpzWriter
+from texttok_cli.metrics.sources import NpzImages, NpzWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GRID_IMAGES = 64
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SAVERS = 4  # threads: compressing PNGs and waiting for the disk
 
 
@@ -42,7 +43,7 @@ class SampleFolder:
         self.images, self.npz, self.grid = path / "images", path / "samples.npz", path / "grid.png"
         self._settings_file = path / "settings.json"
         self._check()
-        self._there = set(range(n)) if self.npz.exists() else {i for i in range(n) if self.image(i).exists()}
+        self._there = set(range(n)) if self.npz.exists() else {i for i in range(n) if _is_whole(self.image(i))}
 
     def image(self, i: int) -> Path:
         """Where image i is, or until the .npz is written will be."""
@@ -67,7 +68,7 @@ class SampleFolder:
 
     def record(self, about: Callable[[int], Mapping[str, Any]]) -> None:
         """samples.jsonl: what `about` says of each image that is there, of this process or another."""
-        self._there.update(i for i in self.missing() if self.image(i).exists())
+        self._there.update(i for i in self.missing() if _is_whole(self.image(i)))
         with atomic_path(self.path / "samples.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for i in sorted(self._there):
                 place = {} if self.settings["format"] == "npz" else {"image": self.image(i).relative_to(self.path).as_posix()}
@@ -98,7 +99,7 @@ class SampleFolder:
             return
         try:
             found = json.loads(self._settings_file.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise DataError(f"{self._settings_file}: damaged; choose another -o OUT")
@@ -108,6 +109,16 @@ class SampleFolder:
             if ours != theirs:
                 name = key.replace("_", " ")
                 raise DataError(f"{self.path}: holds samples with {name} {_short(theirs)}, not {_short(ours)}; choose another -o OUT")
+        if self.npz.exists():
+            self._check_npz()
+
+    def _check_npz(self) -> None:
+        try:
+            there = len(NpzImages(self.npz).ids)
+        except DataError as err:
+            raise DataError(f"{err}; remove it to make its images again") from None
+        if there != self.n:
+            raise DataError(f"{self.npz}: holds {there:,} images, not {self.n:,}; remove it to make its images again")
 
     def _draw_grid(self, columns: int) -> None:
         images = [Image.open(self.image(i)) for i in range(min(self.n, GRID_IMAGES))]
@@ -128,6 +139,16 @@ class SampleFolder:
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there to its end: one that another program cut or emptied is made again."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), 2)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def _save_png(path: Path, image: Tensor) -> None:
