@@ -50,6 +50,31 @@ def test_everything_is_merged_into_one_page(latency_result: LatencyResult, sweep
         assert picture.width > 1000 and len(picture.convert("L").getcolors() or []) > 50
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": []}, "no points"),
+        ({"tokens": {"A": 32}}, "tokens does not have the series 'B'"),
+        (
+            {"points": [{"series": "A", "steps": 1, "sampler": "x", "cfg": "1", "seconds_per_image": 1, "fid": float("nan"), "images": 2}]},
+            "finite",
+        ),
+    ],
+)
+def test_a_sweep_that_can_not_be_drawn_is_one_line(change: dict[str, Any], message: str, sweep: TradeoffResult, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(sweep.model_dump(mode="json") | change))
+    with pytest.raises(DataError, match=message):
+        find_results([path])
+
+
+def test_names_that_are_no_unicode_and_missing_versions_are_written(latency_result: LatencyResult, tmp_path: Path) -> None:
+    machine = latency_result.machine.model_copy(update={"name": "caf\udce9", "versions": {}})
+    save_result(tmp_path / "a.json", latency_result.model_copy(update={"machine": machine}))
+    write_report(find_results([tmp_path / "a.json"]), tmp_path / "out")
+    assert r"caf\udce9" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_paper_stands_beside_ours_in_a_column_of_its_own(sweep: TradeoffResult) -> None:
     points, follows = tradeoff_tables(sweep)
     assert points.columns[-2:] == ["FID", "samples"]

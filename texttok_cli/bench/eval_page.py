@@ -77,7 +77,9 @@ def _number(result: Result | None) -> str:
 def _tokens(card: Card) -> str:
     if card.tokens is None:
         return ""
-    return f"{card.tokens:,} × {card.channels:,} channels" if card.codes is None else f"{card.tokens:,} of {card.codes:,} codes"
+    if card.codes is not None:
+        return f"{card.tokens:,} of {card.codes:,} codes"
+    return f"{card.tokens:,}" if card.channels is None else f"{card.tokens:,} × {card.channels:,} channels"
 
 
 def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[MetricComparison]) -> list[str]:

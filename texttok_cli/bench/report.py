@@ -104,7 +104,7 @@ def write_report(found: Found, out: Path) -> list[Path]:
     pages = {"report.md": markdown(tables), "report.html": page(tables)}
     for name, text in pages.items():
         with atomic_path(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a folder's name that is no UTF-8
     pictures = [table.picture.with_suffix(suffix) for table in tables if table.picture for suffix in (".png", ".svg")]
     return [*(out / name for name in pages), *pictures]
 
@@ -256,7 +256,7 @@ def rfid_by_tokens(results: Sequence[Result]) -> Curves:
 def _machine(machine: Machine) -> str:
     shared = f", shared with other work (load {machine.load})" if machine.shared else ""
     clock = ", processor time" if machine.clock == "cpu" else ""
-    return f"{machine.name}, {machine.threads} thread(s), torch {machine.versions['torch']}, {machine.date}{shared}{clock}"
+    return f"{machine.name}, {machine.threads} thread(s), torch {machine.versions.get('torch', MISSING)}, {machine.date}{shared}{clock}"
 
 
 # ------------------------------------------------------------------ pages

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from texttok_cli.bench.machine import Machine
 from texttok_cli.bench.timing import Spread
@@ -79,7 +79,7 @@ class PointResult(Config):
     sampler: str
     cfg: str
     seconds_per_image: float = Field(gt=0)
-    fid: float
+    fid: float = Field(allow_inf_nan=False)
     images: int = Field(ge=2)
 
 
@@ -95,6 +95,13 @@ class TradeoffResult(Config):
     tokens: dict[str, int]  # of each series
     points: list[PointResult]
     paper_size: PaperSize = 256  # which of the paper's curves is drawn beside ours
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> TradeoffResult:
+        unknown = next((point.series for point in self.points if point.series not in self.tokens), None)
+        if not self.points or unknown is not None:
+            raise ValueError("no points" if unknown is None else f"tokens does not have the series {unknown!r}")
+        return self
 
 
 Result = Annotated[LatencyResult | TradeoffResult, Field(discriminator="kind")]

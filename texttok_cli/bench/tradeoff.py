@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def measure_point(setting: Setting, sample: Sample, score: Score, timer: Timer, 
             yield numbers, made[0]
 
     fid = score(batches())
+    if not math.isfinite(fid):
+        raise DataError(f"{setting.series}, {setting.steps} steps, {setting.sampler}, cfg {setting.cfg}: its samples have no finite FID")
     largest = max(size for size, _ in seconds)
     median = statistics.median(took for size, took in seconds if size == largest)
     return PointResult(

@@ -206,7 +206,8 @@ def write_page(path: Path, names: Sequence[str], reports: Sequence[Report], exam
     from texttok_cli.files import atomic_path
 
     with atomic_path(path) as temporary:
-        temporary.write_text(eval_page(names, reports, examples), encoding="utf-8")
+        page = eval_page(names, reports, examples)
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # of a folder's name that is no UTF-8
 
 
 def _name(report: Report) -> str:
