@@ -134,8 +134,10 @@ GENERATOR_CHANGES = {
     "a tokenizer by path": (lambda h, t: h.update(tokenizer_name="../x"), "header.tokenizer_name"),
     "classes": (lambda h, t: h["classes"].pop(), "classes has 3 entries, the model 4 classes"),
     "counts": (lambda h, t: h["class_counts"].append(1), "class_counts has 5 entries, the model 4 classes"),
+    "negative counts": (lambda h, t: h.update(class_counts=[1, 2, 3, -4]), "header.class_counts.3"),
     "no hashes": (lambda h, t: t.pop("train_captions"), "its train_captions are missing"),
     "other hashes": (lambda h, t: t.update(train_captions=torch.zeros(3)), "its train_captions are missing or not a list"),
+    "a weight": (lambda h, t: t["time.mlp.0.weight"][0].fill_(torch.nan), "time.mlp.0.weight holds a value that is not finite"),
     "a tensor too few": (lambda h, t: t.pop("time.mlp.0.weight"), "1 tensors differ, first time.mlp.0.weight"),
     "a tensor too many": (lambda h, t: t.update(extra=torch.zeros(1)), "1 tensors differ, first extra"),
 }

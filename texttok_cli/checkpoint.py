@@ -50,7 +50,7 @@ class GeneratorHeader(Config):
     tokenizer_name: str = Field(pattern=r"^[^/\\]{1,256}$")  # whose latents it makes
     tokenizer_sha256: Sha256
     classes: list[str] | None = None  # by id
-    class_counts: list[int] | None = None  # training images of each
+    class_counts: list[Annotated[int, Field(ge=0)]] | None = None  # training images of each
     training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -203,6 +203,9 @@ def _fill(model: nn.Module, path: Path, infos: Mapping[str, TensorInfo], *, extr
         wrong = sorted({name for name, _ in expected.items() ^ found.items()})
         raise CheckpointError(f"{path}: weights don't fit the header, {len(wrong)} tensors differ, first {wrong[0]}")
     _, tensors = load_safetensors(path, error=CheckpointError)
+    bad = next((name for name in shapes if not tensors[name].isfinite().all()), None)
+    if bad is not None:
+        raise CheckpointError(f"{path}: damaged: its {bad} holds a value that is not finite")
     model.load_state_dict({name: tensors[name].float() for name in shapes}, assign=True)
     model.requires_grad_(False).eval()
     return tensors

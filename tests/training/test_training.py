@@ -25,7 +25,7 @@ from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
-from texttok_cli.files import alone_in, sha256_file
+from texttok_cli.files import alone_in, save_safetensors, sha256_file
 from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training import session
@@ -630,3 +630,17 @@ def test_compiled_and_resumed_is_the_same_within_rounding(recipe_file: RecipeFil
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         for key in ("loss", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-4)
+
+
+def test_a_damaged_log_or_state_is_no_traceback(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.save_state(3, {"x": torch.zeros(1)})
+    (tmp_path / "state" / "step-copy").mkdir()
+    good = '{"step": 3, "val_l2": 1}'
+    run.metrics_path.write_bytes(b"\n".join([good.encode(), b"[]", b'{"step": null}', b"caf\xe9", b'{"step": 4', b""]))
+    assert run.newest_step == 3 and run.validated(3) and not run.validated(4)
+    run.rewind_log(3)
+    assert run.metrics_path.read_text() == good + "\n"
+    save_safetensors(tmp_path / "state" / "step-00000003" / "state.safetensors", {"x": torch.zeros(1)}, {"texttok_state": 1})
+    with pytest.raises(CheckpointError, match="step-00000003: is damaged"):
+        run.load_state([])

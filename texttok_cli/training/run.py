@@ -89,7 +89,7 @@ class RunFolder:
         """Drop lines after `step`: the run goes on from there and writes them again."""
         if not self.metrics_path.exists():
             return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        lines = self._log_lines()
         with atomic_path(self.metrics_path) as tmp:
             tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
@@ -97,8 +97,10 @@ class RunFolder:
         """Whether the log has validation values of this step."""
         if not self.metrics_path.exists():
             return False
-        records = (json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines())
-        return any(record.get("step") == step and any(key.startswith("val_") for key in record) for record in records)
+        return any(_step_of(line) == step and any(key.startswith("val_") for key in json.loads(line)) for line in self._log_lines())
+
+    def _log_lines(self) -> list[str]:
+        return self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def save_grid(self, step: int, above: Tensor, below: Tensor) -> None:
         """Draw two rows of images (B, 3, S, S) uint8, as OUT/grids/step-00000500.png."""
@@ -137,12 +139,16 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path}: was trained on {meta['samples']:,} examples, now there are {self.samples:,}: bring back the same data"
             )
-        for i, optimizer in enumerate(optimizers):
-            _restore_optimizer(optimizer, i, tensors)
-        return int(meta["step"]), {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+        try:
+            for i, optimizer in enumerate(optimizers):
+                _restore_optimizer(optimizer, i, tensors)
+            step = int(meta["step"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise CheckpointError(f"{states[-1]}: is damaged; remove it, or the whole {self.path} to start again") from None
+        return step, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
 
     def _states(self) -> list[Path]:
-        return sorted(p for p in self.state_path.glob("step-*") if p.suffix != ".partial")
+        return sorted(p for p in self.state_path.glob("step-*") if p.name.removeprefix("step-").isdecimal())  # not .partial
 
 
 def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> bool:
@@ -219,7 +225,7 @@ def _json_number(value: Any) -> Any:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line).get("step", 0))
-    except json.JSONDecodeError:  # the last line of a killed run
+    except (ValueError, TypeError, AttributeError, RecursionError):  # the last line of a killed run, or damaged
         return float("inf")
 
 
