@@ -125,7 +125,6 @@ def test_the_tokenizer_s_rate_is_compared_with_the_rate_of_products_in_the_same_
 def test_the_sampler_s_share_is_what_a_run_takes_above_its_forward_passes(
     reached: Callable[..., dict[str, Target]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "captured", lambda work: work)
     both = [{"sample": [11.0, 60.0, 9.0], "forward": [0.2, 1.0, 0.3]}, {"sample": [8.0], "forward": [0.1]}]
     assert reached(targets._sampler, Clockwork(*both), "meta").popitem()[1].reached == pytest.approx(60)
     monkeypatch.setattr(targets, "untrained_dit", lambda cfg, where: None)  # half a minute's worth of weights
@@ -133,6 +132,10 @@ def test_the_sampler_s_share_is_what_a_run_takes_above_its_forward_passes(
         monkeypatch.setattr(targets, name, lambda *given: None)
     found = reached(targets._sampler, Clockwork({"sample": [11.0, 60.0, 9.0], "forward": [2.5, 12.0, 2.5]}), "cpu")
     assert found["sampler over the bare forward"].reached == pytest.approx(10)  # 4 steps
+    both = [{"sample": [60.0], "forward": [1.0]}, {"sample": [60.0], "forward": [1.0]}]
+    assert reached(targets._sampler, Clockwork(*both), "mps")["sampler over the bare forward"].reached == pytest.approx(20)  # 50 steps
+    monkeypatch.setattr(targets, "captured", lambda work: work)
+    assert "sampler over the captured forward" in reached(targets._sampler, Clockwork(*both), "cuda")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
