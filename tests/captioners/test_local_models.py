@@ -26,6 +26,13 @@ def test_a_language_model_answers_by_its_seed(chats: bool, tmp_path: Path) -> No
         LocalLanguageModel(str(tmp_path / "nothing"), offline=True)
 
 
+def test_a_language_model_leaves_gpus_that_it_does_not_use_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LocalLanguageModel(str(tiny_models.language_model(tmp_path / "lm")), offline=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"asks for the state of {device}"))
+    assert model.write("w1 w2", max_tokens=3, seed=0).text
+
+
 def test_a_language_model_says_whether_it_came_to_an_end(tmp_path: Path) -> None:
     model = LocalLanguageModel(str(tiny_models.language_model(tmp_path / "lm")), offline=True)
     for answer, complete in ([20, 21, 22], False), ([20, 21, 2], True), ([20, 2], True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from texttok_cli.bench import latency as latency_module
 from texttok_cli.bench import targets as targets_module
@@ -39,6 +40,15 @@ def test_json_is_one_object(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> No
     done = texttok("bench", "latency", *options, "--json", "--quiet", "--device", "cpu")
     assert done.code == 0 and json.loads(done.out)["rows"][0]["seconds"]["median"] == 4.0
     assert done.err == ""
+
+
+def test_gpus_that_nothing_runs_on_are_left_alone(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_module, "latency", lambda task, parts: iter([Row(part="text", system="T5-XL")]))
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    done = texttok("bench", "latency", "--json", "--quiet", "--device", "cpu")
+    assert done.code == 0 and not asked
 
 
 def test_a_row_is_kept_when_the_next_one_fails(texttok: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

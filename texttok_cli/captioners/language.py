@@ -63,7 +63,8 @@ class LocalLanguageModel:
         if self.tokenizer.chat_template is not None:
             text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=self.tokenizer.chat_template is None).to(self.network.device)
-        with torch.random.fork_rng():
+        device = self.network.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # by default it takes all GPUs, and warns of that
             torch.manual_seed(seed)
             ids = self.network.generate(**inputs, do_sample=True, max_new_tokens=max_tokens)
         answer = ids[0, inputs["input_ids"].shape[1] :]

@@ -84,7 +84,8 @@ def latency(
     machine = describe(where.device, clock=clock)
     result = LatencyResult(weights="random weights", precision=precision, machine=machine)
     try:
-        with torch.random.fork_rng():
+        devices = [where.device] if where.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # by default it takes all GPUs, and warns of that
             torch.manual_seed(0)
             _collect(result, task, parts, targets=targets, out=out, quiet=quiet)
     finally:  # what was measured before a failure or Ctrl-C is shown too
