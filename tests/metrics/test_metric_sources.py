@@ -163,3 +163,10 @@ def test_a_fingerprint_changes_with_the_images(draw: Draw, tmp_path: Path) -> No
     assert FileImages(open_dataset([tmp_path]), crop_to=16).fingerprint() != before
     draw(tmp_path / "0.png", 5)
     assert FileImages(open_dataset([tmp_path])).fingerprint() != before
+
+
+@pytest.mark.parametrize("read", [NpzImages, read_npz_reference])
+def test_a_file_that_is_not_there_is_not_called_damaged(read: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "none.npz")
+    assert str(caught.value) == f"{tmp_path / 'none.npz'}: no such file"

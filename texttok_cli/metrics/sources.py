@@ -114,6 +114,7 @@ class NpzImages(Images):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_there(path)
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = _array_header(file)
@@ -178,6 +179,7 @@ def read_npz_reference(path: Path) -> Reference:
 
     Raises DataError for one that holds neither, or statistics that are damaged.
     """
+    _check_there(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             given = {
@@ -228,6 +230,11 @@ def _digest(parts: Sequence[object], files: set[Path]) -> str:
 def _why(err: Exception) -> str:
     """An error in a line; NumPy's may quote all of a header."""
     return " ".join(str(err).split())[:200] or type(err).__name__
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
 
 
 def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
