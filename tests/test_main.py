@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import texttok_cli
-from texttok_cli import __version__
+from texttok_cli import __version__, console
 from texttok_cli import main as module
 from texttok_cli.console import emit, one_line
 from texttok_cli.errors import TokenFileError
@@ -220,3 +221,23 @@ def test_a_name_that_the_locale_can_t_write_is_escaped(monkeypatch: pytest.Monke
 
 def test_messages_are_one_line_whatever_they_hold() -> None:
     assert one_line("caf\u00e9 \u732b a\nb\x1b[31m\u2028c\\n") == "caf\u00e9 \u732b a\\nb\\x1b[31m\\u2028c\\n"
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_narrow_terminal_shortens_the_bar_and_the_note_but_no_number(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=written, width=width, soft_wrap=True, highlight=False))
+    with console.progress(quiet=False) as bar:
+        bar.add_task("embedding captions", total=1510, completed=1510, note="")
+        bar.add_task("training", total=10_000, completed=10_000, note="l2 0.09968  perceptual 0.1234  lr_scale 0.2")
+    above, below = written.getvalue().splitlines()
+    assert "1510/1510" in above and "10000/10000" in below and "left" in below and below.count("0:00:00") == 1
+    assert ("l2 0.09968  perceptual 0.1234  lr_scale 0.2" in below) == (width == 200) and "l2 0." in below
+
+
+def test_bars_that_never_were_leave_no_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=written, width=80))
+    with console.progress(quiet=False):
+        pass
+    assert written.getvalue() == ""

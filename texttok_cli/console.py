@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 stdout = Console(soft_wrap=True, highlight=False)
@@ -44,19 +45,22 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
-    """Progress bars on stderr with rate and time left; none when quiet."""
+    """Progress bars on stderr with rate and time left; none when quiet. In a narrow terminal the bar and the note give way."""
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _Note(),
     ]
     with Progress(*columns, console=stderr, disable=quiet, transient=False) as bar:
-        yield bar
+        try:
+            yield bar
+        finally:
+            bar.disable |= not bar.tasks  # Rich would end bars that never were with an empty line
 
 
 class _Rate(ProgressColumn):
@@ -64,6 +68,13 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+class _Note(ProgressColumn):
+    """What else there is to say, on one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 def _readable(value: Any) -> str:
