@@ -19,6 +19,7 @@ def test_every_public_name_is_there_and_lazy_homes_agree() -> None:
         texttok_cli.load_tokeniser  # noqa: B018
     with pytest.raises(ImportError):
         from texttok_cli import nothing  # noqa: F401
+    assert {*texttok_cli.__all__, "__version__"} <= set(dir(texttok_cli))
 
 
 def example() -> str:

@@ -246,9 +246,17 @@ def test_a_class_called_by_a_number_is_found_by_its_name_first() -> None:
         ("crane", CLASSES, "class 'crane' is ambiguous: animal/crane or machine/crane"),
         ("rosse", CLASSES, "no class 'rosse': did you mean flower/rose?"),
         ("flower/rosa", CLASSES, "no class 'flower/rosa': did you mean flower/rose?"),
-        ("zebra", CLASSES, "no class 'zebra': there are 4, such as animal/cat, animal/crane, flower/rose"),
+        (
+            "zebra",
+            CLASSES,
+            "no class 'zebra': there are 4, such as animal/cat, animal/crane, flower/rose; `texttok sample --list-classes` has all",
+        ),
         ("4", CLASSES, "class 4: the ids are 0 to 3"),
-        ("-1", CLASSES, "no class '-1': there are 4, such as animal/cat, animal/crane, flower/rose"),
+        (
+            "-1",
+            CLASSES,
+            "no class '-1': there are 4, such as animal/cat, animal/crane, flower/rose; `texttok sample --list-classes` has all",
+        ),
         ("rose", None, "no class 'rose': this generator has no names, give an id from 0 to 3"),
     ],
 )

@@ -175,6 +175,13 @@ def test_the_installed_command_works_away_from_the_repository(tmp_path: Path) ->
     assert (run.returncode, run.stdout, run.stderr) == (0, f"texttok {__version__}\n", "")
 
 
+@pytest.mark.skipif(COMMAND is None, reason="texttok is not installed in this environment")
+def test_a_shell_completes_options() -> None:
+    asked = {"_TEXTTOK_COMPLETE": "complete_bash", "COMP_WORDS": "texttok encode --capt", "COMP_CWORD": "2"}
+    run = subprocess.run([str(COMMAND)], env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert (run.stdout.split(), run.stderr) == (["--caption", "--captions", "--caption-field"], "")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_to_end_lets_what_is_done_be_kept(name: str, code: int) -> None:

@@ -74,6 +74,11 @@ class Generator:
         return condition.num_classes if isinstance(condition, ClassLabels) else None
 
     @property
+    def classes(self) -> list[str] | None:
+        """Their names by id; None for a text model and for one that has no names."""
+        return self.info.header.classes
+
+    @property
     def truncated(self) -> int:
         """Texts so far that were longer than a text encoder takes."""
         encoders = {id(cache): cache for cache in (self.text, self.tokenizer.text) if cache is not None}
@@ -169,11 +174,11 @@ class Generator:
         """Of a name or an id. DataError for an unknown or ambiguous one, and for a text model."""
         if self.num_classes is None:
             raise DataError(f"{self.info.name}: is a text-to-image model: give it prompts, not classes")
-        return find_class(asked, self.info.header.classes, self.num_classes)
+        return find_class(asked, self.classes, self.num_classes)
 
     def class_name(self, class_id: int) -> str:
         """As in the generator's file; of one without names the id."""
-        return str(class_id) if self.info.header.classes is None else self.info.header.classes[class_id]
+        return str(class_id) if self.classes is None else self.classes[class_id]
 
     def _prompted(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
         if self.num_classes is not None:

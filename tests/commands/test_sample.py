@@ -105,6 +105,17 @@ def test_the_grid_of_one_run_of_images_is_as_square_as_can_be(
     assert np.array(Image.open(tmp_path / "out" / "grid.png")).shape == shape
 
 
+def test_the_classes_are_listed(by_class: Run, by_text: Run) -> None:
+    assert by_class("--list-classes").out.splitlines() == CLASSES
+    assert json.loads(by_class("--list-classes", "--json").out) == {"classes": CLASSES}
+    assert "prompt: takes prompts" in by_text("--list-classes").err
+
+
+def test_samples_need_a_place(by_class: Run) -> None:
+    done = by_class("--class", "rose")
+    assert done.code == 2 and "--out" in done.err
+
+
 def test_samples_are_a_manifest_of_what_was_asked_for(by_text: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\n  a red boat  \n")

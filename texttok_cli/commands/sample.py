@@ -23,7 +23,9 @@ GRID_COLUMNS = 8  # at most twice as many, if each class or prompt has a row of 
 
 
 def sample(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder for images, grid.png and samples.jsonl.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The folder for images, grid.png and samples.jsonl.  [required]")
+    ] = None,
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="ID|NAME", help="A class: 120, flower/sunflower, tulip; repeatable.")
     ] = None,
@@ -65,6 +67,9 @@ def sample(
     captions: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Unseen captions by class for the detokenizer, else those beside the generator.")
     ] = None,
+    list_classes: Annotated[
+        bool, typer.Option("--list-classes", help="Print the names of the model's classes by id, and make nothing.")
+    ] = False,
     format_: Annotated[Literal["png", "npz"], typer.Option("--format", help="PNG files, or ADM's samples.npz.")] = "png",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
@@ -88,6 +93,11 @@ def sample(
     from texttok_cli.generation import bundled_generator, load_generator
     from texttok_cli.metrics.processes import Processes
 
+    if list_classes:
+        _list_classes(load_generator(model or bundled_generator("class"), tokenizer=tokenizer, device="cpu", offline=offline), as_json=json)
+        return
+    if out is None:
+        raise typer.BadParameter("Missing option '--out' / '-o'.")
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
     processes = Processes()
@@ -129,6 +139,18 @@ def sample(
         if generator.truncated and not quiet:
             say(f"longer than the text encoder takes, so the end was cut off: {generator.truncated:,} texts")
         emit(_summary(generator, requests, folder, already), as_json=json)
+
+
+def _list_classes(generator: Generator, *, as_json: bool) -> None:
+    from texttok_cli.console import emit
+
+    if generator.classes is None:
+        what = "takes prompts" if generator.num_classes is None else f"has ids, 0 to {generator.num_classes - 1}, and no names"
+        raise DataError(f"{generator.info.name}: {what}")
+    if as_json:
+        emit({"classes": generator.classes}, as_json=True)
+    else:
+        print("\n".join(generator.classes))
 
 
 def _check_one_kind(options: Mapping[str, object | None]) -> None:

@@ -72,4 +72,4 @@ def _nearest(name: str, known: Sequence[str], num_classes: int) -> str:
     close = difflib.get_close_matches(name, [*known, *by_bare], n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(dict.fromkeys(by_bare.get(match, match) for match in close))}?"
-    return f"there are {num_classes}, such as {', '.join(known[:3])}"
+    return f"there are {num_classes}, such as {', '.join(known[:3])}; `texttok sample --list-classes` has all"
