@@ -97,7 +97,7 @@ def sample(
         _list_classes(load_generator(model or bundled_generator("class"), tokenizer=tokenizer, device="cpu", offline=offline), as_json=json)
         return
     if out is None:
-        raise typer.BadParameter("Missing option '--out' / '-o'.")
+        raise typer.BadParameter("name the folder for the images", param_hint="'--out' / '-o'")
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
     processes = Processes()
@@ -145,7 +145,7 @@ def _list_classes(generator: Generator, *, as_json: bool) -> None:
     from texttok_cli.console import emit
 
     if generator.classes is None:
-        what = "takes prompts" if generator.num_classes is None else f"has ids, 0 to {generator.num_classes - 1}, and no names"
+        what = "takes prompts, no classes" if generator.num_classes is None else f"has ids, 0 to {generator.num_classes - 1}, and no names"
         raise DataError(f"{generator.info.name}: {what}")
     if as_json:
         emit({"classes": generator.classes}, as_json=True)
