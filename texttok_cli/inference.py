@@ -93,6 +93,16 @@ class Tokenizer:
         return self.text_condition is not None and self.text_condition.where != "tokenizer"
 
     @property
+    def image_size(self) -> int:
+        """S."""
+        return self.cfg.image_size
+
+    def token_counts(self, side: int) -> dict[str, int]:
+        """Of an image (the `side` is always S): the number of tokens, and of channels in each, or of codes that each is one of."""
+        kind = {"channels": self.cfg.latent_dim} if self.num_codes is None else {"codes": self.num_codes}
+        return {"tokens": self.cfg.num_tokens, **kind}
+
+    @property
     def num_codes(self) -> int | None:
         """K of a VQ model; None for one with continuous latents."""
         return self.cfg.bottleneck.codes if isinstance(self.cfg.bottleneck, VQBottleneck) else None

@@ -16,7 +16,6 @@ from PIL import Image
 
 from texttok_cli import inference
 from texttok_cli.checkpoint import save_tokenizer
-from texttok_cli.commands import eval_subject
 from texttok_cli.commands.sample_folder import SampleFolder
 from texttok_cli.errors import BackendError
 from texttok_cli.inference import load_tokenizer
@@ -73,8 +72,6 @@ def numbers(outcome: Any) -> dict[str, float]:
 def test_rfid_alone_measures_the_default_model_on_the_bundled_set(
     texttok: Run, bundled: Path, fake: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = Path(eval_subject.__file__).parents[1] / "pretrained" / eval_subject.SAMPLE_SET
-    (bundled / shard.name).write_bytes(shard.read_bytes())
     (bundled / f"{inference.DEFAULT_MODEL}.safetensors").write_bytes((bundled / "text.safetensors").read_bytes())
     outcome = texttok("eval", "--metric", "rfid")
     assert outcome.code == 0

@@ -18,11 +18,11 @@ from PIL import Image
 from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 
 from texttok_cli.commands import sample_folder
-from texttok_cli.commands.eval_run import LABELS
 from texttok_cli.commands.sample import Labels, sample
 from texttok_cli.data import open_dataset
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator
+from texttok_cli.metrics.sample_run import LABELS
 from texttok_cli.metrics.sources import NpzImages
 
 Run = Callable[..., Any]

@@ -23,10 +23,16 @@ class BaselineInfo:
 class Baseline:
     """Base of them: they take no text, compute in fp32, and take any size that 8 divides."""
 
+    image_size: ClassVar[None] = None
+    text: ClassVar[None] = None
     text_condition: ClassVar[None] = None
     precision: ClassVar[str] = "fp32"
     info: BaselineInfo
     channels: int  # of a latent
+
+    def token_counts(self, side: int) -> dict[str, int]:
+        """Of an image with this side: the number of tokens, and of channels in each."""
+        return {"tokens": (side // FACTOR) ** 2, "channels": self.channels}
 
     def check_size(self, images: Tensor) -> None:
         """DataError for images (B, 3, H, W) with a side that 8 does not divide."""

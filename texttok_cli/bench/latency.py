@@ -16,7 +16,6 @@ from torch import nn
 from texttok_cli.bench.generate import asked_sampling, generation_rows, sd_vae_work
 from texttok_cli.bench.networks import (
     PATCH_OF_SIZE,
-    SAMPLE_SET,
     SAMPLE_SIDE,
     T5_OF_SIZE,
     T5_WIDTH,
@@ -36,7 +35,7 @@ from texttok_cli.bench.results import Row
 from texttok_cli.bench.task import Task, Workload
 from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
-from texttok_cli.data import eval_batches, open_dataset, to_image
+from texttok_cli.data import SAMPLE_SET, eval_batches, open_dataset, to_image
 from texttok_cli.data.loader import decoding_threads
 from texttok_cli.diffusion import plan_sampling
 from texttok_cli.errors import BackendError

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from texttok_cli.bench.machine import free_memory
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
-from texttok_cli.inference import PRETRAINED
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.layers import in_precision
 
@@ -23,7 +22,7 @@ T5_OF_SIZE = {256: "XL", 512: "XXL"}  # Sec. 4.1
 T5_WIDTH = {"XL": 2048, "XXL": 4096}
 TEXT_TOKENS = 128  # Sec. 4.1
 PATCH_OF_SIZE = {256: 8, 512: 16}
-SAMPLE_SET, SAMPLE_SIDE = PRETRAINED / "emoji128-val.tar", 128  # pictures that come with the package
+SAMPLE_SIDE = 128  # of the pictures that come with the package
 RESERVE = 1e9  # bytes that the rest of the program and of the machine may want meanwhile
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -16,7 +16,6 @@ import torch
 from texttok_cli.bench.generate import MEASURED_STEPS, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
 from texttok_cli.bench.machine import block_products, products
 from texttok_cli.bench.networks import (
-    SAMPLE_SET,
     SAMPLE_SIDE,
     DoesNotFit,
     check_fits,
@@ -34,7 +33,7 @@ from texttok_cli.bench.task import Task, Workload
 from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import bare_step, loader_work, timed_recipe, training_step
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.data import open_dataset
+from texttok_cli.data import SAMPLE_SET, open_dataset
 from texttok_cli.diffusion import Guidance, Sampling
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.evaluator import Evaluator, Work

@@ -10,14 +10,12 @@ import typer
 
 from texttok_cli.commands.eval_checks import (
     check_comparing,
-    check_images_suffice,
     check_one_model,
     check_targets,
     check_used,
 )
 from texttok_cli.commands.eval_passes import measure, states_of
 from texttok_cli.commands.eval_report import compare_reports, finish
-from texttok_cli.commands.eval_subject import Subject, load_models, of_models, of_samples
 from texttok_cli.commands.options import (
     BatchSizeOption,
     DebugOption,
@@ -29,15 +27,17 @@ from texttok_cli.commands.options import (
     QuietOption,
     given_options,
 )
+from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import DECLARED, PROTOCOLS, Protocol, ProtocolName
+from texttok_cli.metrics.protocols import NOTES, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
     from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.reconstructions import Autoencoder
     from texttok_cli.metrics.resize import Resize
+    from texttok_cli.metrics.subject import Subject
 
 DEFAULT_METRICS = {"reconstruction": ("rfid", "psnr", "ssim"), "generation": ("fid",)}
-NOTES = ("labels", "seed", "sampler", "steps", "guidance")
 
 
 def eval_(
@@ -84,7 +84,10 @@ def eval_(
     Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
     from texttok_cli.inference import pick_device
+    from texttok_cli.metrics.cards import declare
     from texttok_cli.metrics.processes import Processes
+    from texttok_cli.metrics.reconstructions import open_reconstructions
+    from texttok_cli.metrics.stored import open_stored
 
     given = given_options(context)
     if compare:
@@ -98,19 +101,21 @@ def eval_(
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
     check_used(given, names, fixed)
     check_targets({"-o": out, "--save-stats": save_stats, "--save-samples": save_samples, "--html": html})
+    notes = _notes(note or [])
     processes = Processes()
     where = str(pick_device(processes.device(device)))
     if samples is not None:
-        subjects = [of_samples(samples, ref, names, captions=captions, caption_field=caption_field)]
+        opened = [open_stored(samples, ref, names, captions=captions, caption_field=caption_field)]
     else:
         limit = images or (fixed.images if fixed else None)
-        models = load_models(model, device=where, precision=precision, offline=offline)
-        subjects = of_models(models, size, data, names, limit=limit, captions=captions, caption_field=caption_field, no_caption=no_caption)
-    if len(subjects) > 1:
+        models = _load_models(model, device=where, precision=precision, offline=offline)
+        texts: dict[str, Any] = {"captions": captions, "caption_field": caption_field, "no_caption": no_caption}
+        opened = open_reconstructions(models, data, names, size=size, limit=limit, **texts)
+    if len(opened) > 1:
         check_one_model(given)
+    subjects = [declare(subject, protocol=protocol, split=split, notes=notes) for subject in opened]
     for subject in subjects:
-        subject.card = _card(subject, fixed, protocol, split, note or [])
-        check_images_suffice(names, subject, statistics=save_stats is not None)
+        subject.check(names, statistics=save_stats is not None)
     evaluators = _evaluators(
         names, subjects, resize, inception, (clip, clip_weights), keeps=save_stats is not None, device=where, offline=offline
     )
@@ -144,31 +149,32 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
     return [*names, "psnr"] if page and "psnr" not in names and (not generated or uses_pairs(names)) else names
 
 
-def _card(subject: Subject, fixed: Protocol | None, protocol: str | None, split: str | None, notes: Sequence[str]) -> dict[str, Any]:
-    """What is known of the samples, completed by the protocol in its own name, as that is no evidence; --split and --note win over both."""
-    card = dict.fromkeys(("model_sha256", "reference_sha256", "text", "precision", "split", *NOTES)) | subject.card | {"protocol": protocol}
-    if fixed is not None:
-        if fixed.task != subject.task:
-            needed = "--samples" if fixed.task == "generation" else "a model, or metrics of pairs"
-            raise DataError(f"--protocol {protocol} is about {fixed.task}: it goes with {needed}")
-        if protocol == "adm-class" and not {"pool", "spatial"} <= subject.given.keys():
-            raise DataError(
-                "--protocol adm-class: its references are ADM's VIRTUAL_imagenet*.npz with their statistics: name it with --ref"
-            )
-        if subject.task == "reconstruction" and card["split"] is not None:
-            raise DataError(f"--protocol {protocol} needs --data: the sample set that comes with the package is not the paper's")
-        if fixed.reference and str(card["reference"]).startswith(fixed.reference):
-            card["split"] = fixed.split
-        card["split"] = card["split"] or fixed.split + DECLARED
-        card["labels"] = card["labels"] or (fixed.labels and fixed.labels + DECLARED)
-    if split is not None:
-        card["split"] = split
+def _notes(notes: Sequence[str]) -> dict[str, str]:
+    found = {}
     for entry in notes:
         key, _, value = entry.partition("=")
         if key not in NOTES or not value:
             raise DataError(f"--note {entry}: not KEY=VALUE with a key among {', '.join(NOTES)}")
-        card[key] = value
-    return card
+        found[key] = value
+    return found
+
+
+def _load_models(models: Sequence[str] | None, *, device: str, precision: Precision, offline: bool) -> list[Autoencoder]:
+    """The tokenizers and baselines, all different; None is the bundled default."""
+    from texttok_cli.baselines import PREFIX, load_baseline
+    from texttok_cli.inference import DEFAULT_MODEL, load_tokenizer
+
+    loaded: list[Autoencoder] = []
+    for name in models or [DEFAULT_MODEL]:
+        if not name.startswith(PREFIX):
+            loaded.append(load_tokenizer(name, device=device, precision=precision, offline=offline))
+        elif precision != "fp32":
+            raise DataError(f"{name}: baselines compute in fp32 only; leave out --precision")
+        else:
+            loaded.append(load_baseline(name, device=device, offline=offline))
+        if loaded[-1].info.sha256 in [model.info.sha256 for model in loaded[:-1]]:
+            raise DataError(f"--model {name}: is given twice")
+    return loaded
 
 
 def _evaluators(

@@ -1,4 +1,4 @@
-"""What `texttok eval` refuses before anything is computed: options that would do nothing, files that can't be written, too few images."""
+"""What `texttok eval` refuses before anything is computed: options that would do nothing, files that can't be written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import REFERENCE_CAPTIONS, Protocol
 
@@ -65,23 +64,6 @@ def check_targets(targets: Mapping[str, Path | None]) -> None:
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise DataError(f"{option} {path}: is what {other} writes; name another file")
-
-
-def check_images_suffice(names: Sequence[str], subject: Subject, *, statistics: bool) -> None:
-    """Every metric must have what it needs."""
-    from texttok_cli.metrics.registry import METRICS, check_images
-
-    for name in names:
-        metric = METRICS[name]
-        missing = {need for need in metric.needs if need not in subject.given} if metric.reference else set()
-        if metric.reference and subject.references is None and (missing or not metric.needs):
-            if subject.given:
-                raise DataError(f"{name}: {subject.card['reference']} has neither the statistics it needs nor images")
-            raise DataError(f"{name}: needs references: name their images, or for fid and sfid their statistics, with --ref")
-    if statistics and len(subject.measured.ids) < 2:
-        raise DataError("--save-stats: a covariance needs 2 images or more")
-    counted = None if subject.references is None else len(subject.references.ids)
-    check_images(names, n=len(subject.measured.ids), n_reference=counted, side=subject.measured.size)
 
 
 def _refuse(given: Mapping[str, str], options: Sequence[str], why: str) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from texttok_cli.commands.eval_subject import Subject
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from texttok_cli.bench.eval_page import Example, Made
     from texttok_cli.metrics.evaluator import Evaluator
     from texttok_cli.metrics.sources import Images
+    from texttok_cli.metrics.subject import Subject
 
 
 def pick_examples(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], *, each: int) -> list[Example]:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
 
 if TYPE_CHECKING:
     from texttok_cli.metrics.evaluator import Batch, Evaluator
     from texttok_cli.metrics.processes import Processes
+    from texttok_cli.metrics.subject import Subject
 
 
 def states_of(out: Path | None, passes: int, processes: Processes) -> list[Path | None]:

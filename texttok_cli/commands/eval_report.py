@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from texttok_cli.commands.eval_gallery import pick_examples
-from texttok_cli.commands.eval_subject import Subject
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import DECLARED, NOT_CHECKED, PROTOCOLS, ProtocolName
+from texttok_cli.metrics.protocols import DECLARED
 
 if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
     from texttok_cli.metrics.evaluator import Evaluator
-    from texttok_cli.metrics.report import Card, MetricComparison, Report, Result
+    from texttok_cli.metrics.report import MetricComparison, Report
+    from texttok_cli.metrics.subject import Subject
 
 
 def finish(
@@ -48,79 +48,11 @@ def finish(
 
 def make_report(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], truncated: Sequence[int]) -> Report:
     """Every number with its card, one subject after the other; `truncated` captions of each could CLIP not read to their end."""
+    from texttok_cli.metrics.cards import results_of
     from texttok_cli.metrics.report import Report
 
-    found = zip(evaluators, subjects, truncated, strict=True)
-    return Report(results=[result for evaluator, subject, cut in found for result in _results(evaluator, subject, cut)])
-
-
-def _results(evaluator: Evaluator, subject: Subject, truncated: int) -> list[Result]:
-    from texttok_cli.metrics.distribution import few_classes_a_block
-    from texttok_cli.metrics.registry import METRICS
-    from texttok_cli.metrics.report import make_result
-
-    results = []
-    for name, (value, spread) in evaluator.compute().items():
-        metric, card = METRICS[name], _result_card(name, evaluator, subject, truncated)
-        result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
-        warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
-        warnings += _doubts(subject, reference=metric.reference)
-        if card.captions_truncated:
-            warnings.append(f"{card.captions_truncated:,} of {card.n:,} captions are longer than CLIP reads, so their end was cut off")
-        if metric.in_order and subject.classes is not None and few_classes_a_block(subject.classes):
-            warnings.append("the samples are sorted by class, so a block of 5,000 has few classes: too low; use is-shuffled")
-        results.append(result.model_copy(update={"warnings": warnings}))
-    return results
-
-
-def _unlike_protocol(protocol: ProtocolName | None, card: Card, *, reference: bool) -> list[str]:
-    """Where a card is not what its protocol asks for; the split is that of references."""
-    if protocol is None:
-        return []
-    fixed, warnings = PROTOCOLS[protocol], list[str]()
-    if card.n != fixed.images:
-        warnings.append(f"{card.n:,} images: protocol {protocol} takes {fixed.images:,}")
-    for what, found, wanted in (("split", card.split, fixed.split if reference else None), ("labels", card.labels, fixed.labels)):
-        if wanted is not None and found not in (wanted, wanted + DECLARED) and not str(found).endswith(NOT_CHECKED + wanted):
-            warnings.append(f"{what}: {found}; protocol {protocol} has: {wanted}")
-    return warnings
-
-
-def _doubts(subject: Subject, *, reference: bool) -> list[str]:
-    """What is wrong with the samples whatever the protocol: as they are stored, and if they are compared, beside the `reference`."""
-    doubts, size, other = [], subject.measured.size, subject.reference_size
-    if subject.jpegs:
-        n = len(subject.measured.ids)
-        doubts.append(f"{subject.jpegs:,} of {n:,} samples are JPEG files, whose losses are in this number: store samples as PNG")
-    if reference and other not in (None, size):
-        doubts.append(f"samples of {size} pixels a side against {subject.card['reference']}, which is of {other}")
-    return doubts
-
-
-def _result_card(name: str, evaluator: Evaluator, subject: Subject, truncated: int) -> Card:
-    from texttok_cli.metrics.registry import METRICS
-    from texttok_cli.metrics.report import Card, captions_sha256, versions
-
-    metric, references = METRICS[name], subject.references if METRICS[name].reference else None
-    network, sha256 = evaluator.networks.get(metric.network if metric.network != "lpips" else name, (None, None))
-    given = next((subject.given[need] for need in metric.needs if need in subject.given), None)
-    n_reference = given.n if given is not None else None if references is None else len(references.ids)
-    said = subject.card if metric.reference else subject.card | dict.fromkeys(("reference", "reference_sha256", "split"))
-    return Card(
-        **said,
-        rule=metric.rule,
-        task=subject.task,
-        size=subject.measured.size,
-        crop=None if references is None or given is not None else references.crop,
-        resize=evaluator.resize if metric.network == "inception" else None,
-        network=network,
-        network_sha256=sha256,
-        n=len(subject.measured.ids),
-        n_reference=n_reference,
-        captions_sha256=captions_sha256(subject.captions) if metric.network == "clip" and subject.captions is not None else None,
-        captions_truncated=truncated if metric.network == "clip" else None,
-        versions=versions(),
-    )
+    found = zip(subjects, evaluators, truncated, strict=True)
+    return Report(results=[result for subject, evaluator, cut in found for result in results_of(subject, evaluator, cut)])
 
 
 def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as_json: bool) -> None:

@@ -3,9 +3,10 @@
 from texttok_cli.data.images import center_crop, load_image, normalize, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.items import Dataset, Item, Skipped
 from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
-from texttok_cli.data.sources import open_dataset
+from texttok_cli.data.sources import SAMPLE_SET, open_dataset
 
 __all__ = [
+    "SAMPLE_SET",
     "Batch",
     "Dataset",
     "EvalBatch",

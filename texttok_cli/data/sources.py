@@ -15,6 +15,8 @@ from texttok_cli.data.listings import from_folder, from_list, from_manifest, sid
 from texttok_cli.data.shards import from_shard
 from texttok_cli.errors import DataError
 
+SAMPLE_SET = Path(__file__).parents[1] / "pretrained" / "emoji128-val.tar"  # pictures that come with the package
+
 
 def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, caption_field: str | None = None) -> Dataset:
     """List the images of all inputs: image files, folders, .jsonl or .csv manifests, .tar shards (globs and {000..127} allowed), `-`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ProtocolName = Literal["recon", "adm-class", "t2i"]
-
+NOTES = ("labels", "seed", "sampler", "steps", "guidance")  # what a person may have to say of samples, for the card
 
 DECLARED = ", as the protocol has it"  # ends what a card says because a protocol was named, and nothing else shows
 NOT_CHECKED = "; not checked whether they are "  # before what a protocol asks for, where it can't be known

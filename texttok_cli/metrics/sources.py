@@ -167,10 +167,10 @@ class NpzImages(Images):
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of a file by kind of features, the images in it, if any, and the side of what it is of, if that is known."""
+    """Statistics by kind of features, images, if there are any, and the side of what the statistics are of, if that is known."""
 
     given: Mapping[str, Gaussian]
-    images: NpzImages | None
+    images: Images | None
     size: int | None
 
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from operator import itemgetter
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
+from texttok_cli.data import Dataset
+from texttok_cli.data.items import IMAGE_SUFFIXES
 from texttok_cli.errors import DataError
-
-if TYPE_CHECKING:
-    from texttok_cli.data import Dataset
-    from texttok_cli.metrics.sources import Images
+from texttok_cli.metrics.sources import FileImages, Images
 
 
 def match_by_name(references: Dataset, samples: Images) -> Dataset:
     """The references in the order of the samples of the same name; by position where the samples have no names (.npz)."""
-    from texttok_cli.metrics.sources import FileImages
-
     if not isinstance(samples, FileImages):
         return by_number(references)
     by_name = {_stem(item.id): item for item in references.items}
@@ -51,7 +47,5 @@ def check_pairs(samples: Images | None, references: Images | None, ref: str | No
 
 def _stem(image_id: str) -> str:
     """Without the ending of an image file; `v1.5` has none."""
-    from texttok_cli.data.items import IMAGE_SUFFIXES
-
     path = PurePosixPath(image_id)
     return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else image_id

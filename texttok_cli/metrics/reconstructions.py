@@ -1,0 +1,151 @@
+"""Images of a data set and what models make of them, to be measured.
+
+Letters: B batch, S image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from texttok_cli.config.schema import TextCondition
+from texttok_cli.data import SAMPLE_SET, Dataset, open_dataset
+from texttok_cli.data.texts import texts_for
+from texttok_cli.errors import DataError
+from texttok_cli.metrics.registry import uses_clip
+from texttok_cli.metrics.sources import FileImages
+from texttok_cli.metrics.subject import Subject, caption_source, captions_of, names_of
+from texttok_cli.text import EmbeddingCache, cut_off
+
+ANY_SIZE = 256  # side of the images where no model says it
+
+
+class Identity(Protocol):
+    """Which model it is."""
+
+    @property
+    def name(self) -> str:
+        """For people; never a path."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its file."""
+
+
+class Autoencoder(Protocol):
+    """What makes tokens of images and images of them: a `Tokenizer`, or one of `texttok_cli.baselines`."""
+
+    @property
+    def info(self) -> Identity:
+        """Which one it is."""
+
+    @property
+    def precision(self) -> str:
+        """It computes in."""
+
+    @property
+    def image_size(self) -> int | None:
+        """S of the images that it takes; None: of any."""
+
+    @property
+    def text(self) -> EmbeddingCache | None:
+        """Its text encoder."""
+
+    @property
+    def text_condition(self) -> TextCondition | None:
+        """How text conditions it; None for one without text."""
+
+    def token_counts(self, side: int) -> Mapping[str, int]:
+        """What the card says of the tokens of an image: `tokens`, and `channels` or `codes`."""
+
+    def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Images uint8 (B, 3, S, S) to latents."""
+
+    def decode(self, z: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Latents to images uint8 (B, 3, S, S)."""
+
+
+def open_reconstructions(
+    models: Sequence[Autoencoder],
+    data: Sequence[str | Path] | None,
+    metrics: Sequence[str],
+    *,
+    size: int | None,
+    limit: int | None,
+    captions: Path | None,
+    caption_field: str | None,
+    no_caption: bool,
+) -> list[Subject]:
+    """Images of `data` (None: the sample set of the package), cropped by ADM's rule, and what each model reconstructs of them.
+
+    The side of the crop is the models' own; those that take any take the others', or `size`.
+    """
+    clip = uses_clip(metrics)
+    if no_caption and captions is not None and not clip:
+        raise DataError("--captions and --no-caption exclude each other")
+    if captions is not None and not clip and all(model.text_condition is None for model in models):
+        raise DataError(f"{models[0].info.name}: takes no captions, and no metric reads them: leave out --captions")
+    side = _common_size(models, size)
+    dataset = _evenly(open_dataset(data or [SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
+    originals = FileImages(dataset, crop_to=side)
+    common = {
+        "reference": names_of(data or [SAMPLE_SET]),
+        "reference_sha256": originals.identity(),
+        "uint8": "rounds half up",
+        "split": None if data else "val",
+    }
+    compared = captions_of(dataset) if clip else None
+    source = "none (--no-caption)" if no_caption else caption_source(captions, caption_field)
+
+    def subject(model: Autoencoder) -> Subject:
+        condition = model.text_condition
+        texts = None
+        if condition is not None:
+            texts = [""] * len(dataset) if no_caption else texts_for(dataset.items, condition, caption_field=caption_field)
+        card: dict[str, Any] = {
+            **common,
+            **model.token_counts(side),
+            "samples": model.info.name,
+            "model_sha256": model.info.sha256,
+            "text": None if condition is None else source if no_caption else f"{condition.source}: {source}",
+            "precision": model.precision,
+        }
+        cut = None if texts is None or model.text is None else cut_off(model.text.encoder, texts)
+        again = _reconstruction(model, texts)
+        return Subject("reconstruction", None, originals, card, True, captions=compared, texts=texts, reconstruct=again, cut_off=cut)
+
+    return [subject(model) for model in models]
+
+
+def _common_size(models: Sequence[Autoencoder], size: int | None) -> int:
+    """The side of the images that all models are measured on; DataError names two that differ."""
+    own = [(model.info.name, model.image_size) for model in models if model.image_size is not None]
+    if not own:
+        return size or ANY_SIZE
+    name, side = own[0]
+    if size not in (None, side):
+        raise DataError(f"--size {size}: {name} takes images of {side} pixels only")
+    for other, other_side in own[1:]:
+        if other_side != side:
+            raise DataError(
+                f"{name} takes images of {side} pixels and {other} of {other_side}: measure them separately, and --compare the reports"
+            )
+    return side
+
+
+def _reconstruction(model: Autoencoder, texts: Sequence[str] | None) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    def reconstruct(images: Tensor, indices: Sequence[int]) -> Tensor:
+        chosen = None if texts is None else [texts[index] for index in indices]
+        return model.decode(model.encode(images, chosen), chosen)
+
+    return reconstruct
+
+
+def _evenly(dataset: Dataset, limit: int | None) -> Dataset:
+    n = len(dataset)
+    if limit is None or n <= limit:
+        return dataset
+    return type(dataset)([dataset.items[i * n // limit] for i in range(limit)], dataset.skipped)

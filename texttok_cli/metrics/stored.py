@@ -1,0 +1,103 @@
+"""Samples that are there already, and what they are compared with, to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from texttok_cli.data import Dataset, Item, open_dataset
+from texttok_cli.data.listings import with_captions
+from texttok_cli.errors import DataError
+from texttok_cli.files import sha256_file
+from texttok_cli.metrics.pairs import by_number, check_pairs, match_by_name
+from texttok_cli.metrics.registry import uses_clip, uses_pairs
+from texttok_cli.metrics.sample_run import SampleRun, sample_run
+from texttok_cli.metrics.sources import FileImages, Images, NpzImages, Reference, read_npz_reference
+from texttok_cli.metrics.subject import Subject, caption_source, captions_of, names_of
+
+
+def open_stored(
+    samples: str, references: str | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None
+) -> Subject:
+    """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
+
+    Of the folder that `texttok sample` wrote the card learns how they were made. If a metric compares pairs, each sample belongs
+    to the reference of its name (of its position, if either is an .npz).
+    """
+    paired = uses_pairs(metrics)
+    run = sample_run(samples)
+    numbered = paired and references is not None and references.endswith(".npz")
+    found, classes, texts = _stored(run, numbered=numbered, compared=uses_clip(metrics), captions=captions, caption_field=caption_field)
+    jpegs = found.jpegs() if isinstance(found, FileImages) else 0
+    against, theirs = _references(references, found, paired=paired, caption_field=caption_field)
+    if paired:
+        check_pairs(found, against.images, references)
+    card = {
+        **run.card,
+        "samples": names_of([samples]),
+        "reference": names_of([references]) if references else None,
+        "reference_sha256": _identity(references, against),
+        "uint8": f"as stored, {jpegs:,} of them as JPEG (lossy)" if jpegs else "as stored",
+        "text": None if texts is None else f"compared with the samples: {caption_source(captions, caption_field)}",
+        "labels": run.prompts_among(theirs),
+    }
+    return Subject(
+        "reconstruction" if paired else "generation",
+        found,
+        against.images,
+        card,
+        paired,
+        given=against.given,
+        captions=texts,
+        classes=classes,
+        jpegs=jpegs,
+        reference_size=against.size,
+    )
+
+
+def _stored(
+    run: SampleRun, *, numbered: bool, compared: bool, captions: Path | None, caption_field: str | None
+) -> tuple[NpzImages | FileImages, Sequence[Hashable] | None, Sequence[str] | None]:
+    """The samples (by their numbers, if so), the class of each where all have one, and their captions if these are `compared`."""
+    found: NpzImages | FileImages
+    if run.samples.endswith(".npz"):
+        found = NpzImages(Path(run.samples))
+        classes: Sequence[Hashable] | None = found.labels()
+        texts = _captions_by_position(found, captions, run.captions) if compared else None
+    else:
+        opened = open_dataset([run.samples], captions=captions, caption_field=caption_field)
+        dataset = by_number(opened) if numbered else opened
+        found = FileImages(dataset)
+        classes = [item.class_name for item in dataset.items]
+        texts = captions_of(dataset) if compared else None
+    if classes is not None and None in classes:
+        classes = None
+    return found, classes if run.classes is None else run.classes, texts
+
+
+def _captions_by_position(samples: Images, captions: Path | None, own: Sequence[str] | None) -> Sequence[str]:
+    """Of a captions.jsonl whose ids are positions, from 0; else the run's `own`."""
+    if captions is None:
+        if own is None:
+            raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
+        return own
+    return captions_of(Dataset(with_captions([Item(position, str(captions)) for position in samples.ids], captions)))
+
+
+def _references(
+    references: str | None, samples: Images, *, paired: bool, caption_field: str | None
+) -> tuple[Reference, Sequence[str | None] | None]:
+    """The references, in the order of the samples if they are their originals, and their captions, of which files have some."""
+    if references is None:
+        return Reference({}, None, None), None
+    if references.endswith(".npz"):
+        return read_npz_reference(Path(references)), None
+    dataset = open_dataset([references], caption_field=caption_field)
+    images = FileImages(match_by_name(dataset, samples) if paired else dataset, crop_to=samples.size)
+    return Reference({}, images, None), [item.caption for item in dataset.items]
+
+
+def _identity(references: str | None, found: Reference) -> str | None:
+    if found.given:
+        return sha256_file(Path(str(references)))
+    return None if found.images is None else found.images.identity()
