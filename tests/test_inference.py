@@ -13,9 +13,9 @@ from texttok_cli import inference
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.data.texts import texts_for
-from texttok_cli.errors import BackendError, CheckpointError, DataError
+from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.files import sha256_file
-from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer, pick_device
+from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer
 from texttok_cli.tokens import Tokens
 
 CAPTIONS = ["", "a", "a red flower", "one two three four five six seven eight nine ten", "a b c", "x y", "a red flower", "long " * 40]
@@ -254,22 +254,6 @@ def test_a_malformed_hub_name_is_one_line() -> None:
     with pytest.raises(CheckpointError, match=r"^hf://a/b/c/d: ") as error:
         find_model("hf://a/b/c/d", offline=True)
     assert "\n" not in str(error.value)
-
-
-def test_auto_is_the_fastest_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
-        assert pick_device("auto").type == expected
-
-
-def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu")
-    for device in ("cuda", "mps", "tpu"):
-        with pytest.raises(BackendError, match=f"--device {device}: not available here"):
-            pick_device(device)
 
 
 def test_the_command_lines_default_model_is_the_apis() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from texttok_cli.errors import TextTokError
     from texttok_cli.generation import Generator, load_generator
     from texttok_cli.inference import Tokenizer, bundled_models, encode_dataset, load_tokenizer
+    from texttok_cli.metrics.evaluation import evaluate
     from texttok_cli.tokens import Tokens, load_tokens, save_tokens
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "Tokens": "tokens",
     "bundled_models": "inference",
     "encode_dataset": "inference",
+    "evaluate": "metrics.evaluation",
     "load_generator": "generation",
     "load_tokenizer": "inference",
     "load_tokens": "tokens",
@@ -43,6 +45,7 @@ __all__ = [
     "Tokens",
     "bundled_models",
     "encode_dataset",
+    "evaluate",
     "load_generator",
     "load_tokenizer",
     "load_tokens",

@@ -26,7 +26,8 @@ from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import UnseenCaptions
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError
-from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer, pick_device
+from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer
+from texttok_cli.models.devices import pick_device
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
 from texttok_cli.text import EmbeddingCache, load_text_encoder

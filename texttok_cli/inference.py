@@ -19,9 +19,10 @@ from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfi
 from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import NO_CAPTION_HELP
-from texttok_cli.errors import BackendError, CheckpointError, DataError
+from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.devices import pick_device
 from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
@@ -190,16 +191,6 @@ def find_model_by_hash(sha256: str, name: str, tokens: Path) -> Path:
     if path is not None:
         return path
     raise CheckpointError(f"{tokens}: made with model {name} (sha256 {sha256[:12]}...), which is not bundled: give its file with --model")
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu. BackendError for a device this machine or build does not have."""
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
-    if not has.get(device.partition(":")[0], False):
-        raise BackendError(f"--device {device}: not available here; use --device cpu")
-    return torch.device(device)
 
 
 def encode_dataset(

@@ -425,7 +425,7 @@ class FakeClip:
 
 def test_clip_reads_the_captions_of_a_run_in_an_npz(texttok: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does those of the same run in PNG files."""
-    monkeypatch.setattr("texttok_cli.metrics.clip.ClipScorer", FakeClip)
+    monkeypatch.setattr("texttok_cli.metrics.evaluation.ClipScorer", FakeClip)
     outcomes = []
     for kind in ("png", "npz"):
         run = SampleFolder(tmp_path / kind / "run", 12, {"format": kind, "images": 12, "precision": "fp32", **MADE_BY})
@@ -440,7 +440,7 @@ def test_clip_reads_the_captions_of_a_run_in_an_npz(texttok: Run, tmp_path: Path
 
 
 def test_captions_that_clip_cuts_off_are_said(texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texttok_cli.metrics.clip.ClipScorer", FakeClip)
+    monkeypatch.setattr("texttok_cli.metrics.evaluation.ClipScorer", FakeClip)
     for sample in samples.glob("*.png"):
         sample.with_suffix(".txt").write_text("a caption")
     options = ("eval", "--metric", "clip-score", "--samples", samples, "--json")
@@ -490,7 +490,7 @@ def test_numbers_are_printed_before_files_are_written(
 def test_files_that_can_not_be_written_are_told_at_once(
     options: tuple[str, ...], what: str, texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("texttok_cli.metrics.processes.run_pass", None)
+    monkeypatch.setattr("texttok_cli.metrics.passes.Pass", None)
     outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", samples, *(o.format(samples=samples) for o in options))
     assert outcome.code == 1 and outcome.err.startswith("texttok: ") and what in outcome.err and outcome.err.count("\n") == 1
 
@@ -626,7 +626,7 @@ def test_a_second_model_goes_on_where_it_was(
         return decode(self, *args)
 
     monkeypatch.setattr(inference.Tokenizer, "decode", stop)
-    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    monkeypatch.setattr("texttok_cli.metrics.passes.SAVE_EVERY", 0)
     assert texttok(*options).code == 1
     second = texttok(*options)
     assert second.code == 0 and "going on from image 6" in second.err and "going on from image 2" in second.err
@@ -663,7 +663,7 @@ def test_two_processes_find_what_one_does(models: Path, pictures: Path, tmp_path
 
 
 def test_an_interrupted_run_goes_on(texttok: Run, models: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    monkeypatch.setattr("texttok_cli.metrics.passes.SAVE_EVERY", 0)
     options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-b", 2, "--json", "-o")
     whole = numbers(texttok(*options, tmp_path / "whole.json"))
     decode, calls = inference.Tokenizer.decode, []
@@ -688,7 +688,7 @@ def test_an_interrupted_run_goes_on(texttok: Run, models: Path, pictures: Path, 
 def test_a_state_of_other_files_is_refused(
     texttok: Run, models: Path, pictures: Path, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
+    monkeypatch.setattr("texttok_cli.metrics.passes.SAVE_EVERY", 0)
     options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures, "-b", 2, "-o", tmp_path / "report.json")
     draw(pictures / "5.png", 5, part=0.5)
     damaged = texttok(*options)

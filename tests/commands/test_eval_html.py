@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from texttok_cli.checkpoint import save_tokenizer
-from texttok_cli.commands.eval_gallery import by_rank
 from texttok_cli.config.schema import TokenizerConfig
 from texttok_cli.data import to_tensor
 from texttok_cli.inference import _as_batch, load_tokenizer
@@ -89,19 +88,6 @@ def test_codes_are_not_called_channels(texttok: Run, models: Path, pictures: Pat
     assert (card["tokens"], card["codes"], card["channels"]) == (4, 1024, None) and "<td>4 of 1,024 codes</td>" in page.read_text()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 20])
-@pytest.mark.parametrize("each", [1, 3, 4])
-def test_no_image_stands_in_two_ranks(n: int, each: int) -> None:
-    quality = torch.randn(n, generator=torch.Generator().manual_seed(n))
-    quality[0] = torch.inf
-    ranks = by_rank(quality, each)
-    chosen = [number for numbers in ranks.values() for number in numbers]
-    assert len(chosen) == len(set(chosen)) == min(n, 3 * each)
-    assert [float(quality[number]) for number in chosen] == sorted((float(quality[number]) for number in chosen), reverse=True)
-    assert ranks["Best"][0] == 0 and (n == 1 or ranks["Worst"][-1] == int(quality.argmin()))
-    assert all(len(numbers) <= each for numbers in ranks.values())
-
-
 def test_stored_samples_with_their_originals_and_without(texttok: Run, pictures: Path, draw: Draw, tmp_path: Path) -> None:
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(pictures.glob("*.png"))])
     np.savez(tmp_path / "samples.npz", pixels // 2)
@@ -124,7 +110,7 @@ def test_stored_samples_with_their_originals_and_without(texttok: Run, pictures:
     captions = tmp_path / "captions.jsonl"
     captions.write_text("".join(json.dumps({"id": str(number), "caption": f"{CAPTION} {number}"}) + "\n" for number in range(8)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("texttok_cli.metrics.clip.ClipScorer", Score)
+        patch.setattr("texttok_cli.metrics.evaluation.ClipScorer", Score)
         outcome = texttok(*options, "--metric", "clip-score", "--captions", captions)
     assert outcome.code == 0, outcome.err
     shown = images(page.read_text())

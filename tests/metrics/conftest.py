@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import DIM, FakeInception
 
 from texttok_cli.assets import ASSETS, _in_package, load_script_weights, resolve
 from texttok_cli.data import eval_batches, open_dataset
-from texttok_cli.metrics import inception, resize
+from texttok_cli.metrics import evaluator, evidence, inception, resize
 from texttok_cli.metrics.inception import FidInception
 
 
@@ -79,3 +80,11 @@ def real_features(network: FidInception, photos: Path, kept: Callable[..., torch
         return torch.cat([network(batch.images).pool for batch in batches])
 
     return kept("photos", compute)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inception's place is taken."""
+    monkeypatch.setattr(evaluator, "FidInception", FakeInception)
+    for name in ("POOL_DIM", "SPATIAL_DIM"):
+        monkeypatch.setattr(evidence, name, DIM)

@@ -1,76 +1,26 @@
 """One pass for all metrics: the same numbers for any batch size, number of processes or interruption; the registry's names."""
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from drawn import DIM, Drawn, FakeClip, FakeInception
 from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.errors import DataError
-from texttok_cli.files import load_safetensors, save_safetensors
 from texttok_cli.losses import build_perceptual
-from texttok_cli.metrics import evaluator as evaluator_module
-from texttok_cli.metrics import evidence as evidence_module
 from texttok_cli.metrics import processes as processes_module
 from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
 from texttok_cli.metrics.image import psnr
 from texttok_cli.metrics.inception import Features
-from texttok_cli.metrics.processes import Processes, run_pass
+from texttok_cli.metrics.processes import Processes
 from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.metrics.registry import METRICS, check_images, check_names
-from texttok_cli.metrics.sources import Images
 
-DIM = 32  # in the place of 2048 and 2023
 ALL = ["fid", "sfid", "kid", "is", "is-shuffled", "precision", "recall"]
-
-
-class FakeInception(torch.nn.Module):
-    """Features that are linear in the pixels, so that a test sees thousands of images in no time."""
-
-    sha256 = "0" * 64
-
-    def __init__(self, *, resize: str, head: bool, weights: object, offline: bool) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weights = [torch.randn(48, dim, generator=generator) / 48**0.5 for dim in (DIM, DIM, 1008)]
-        self.seen = 0
-
-    def forward(self, images: torch.Tensor) -> Features:
-        self.seen += len(images)
-        x = images.float().flatten(1) / 255
-        return Features(*(x @ weight for weight in self.weights))
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator_module, "FidInception", FakeInception)
-    for name in ("POOL_DIM", "SPATIAL_DIM"):
-        monkeypatch.setattr(evidence_module, name, DIM)
-
-
-class Drawn(Images):
-    """n images of 4 x 4 random pixels."""
-
-    crop, size = "as stored", 4
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.ids = [str(i) for i in range(n)]
-        self.pixels = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, len(indices), batch_size):
-            chosen = torch.tensor(indices[start : start + batch_size])
-            yield chosen, self.pixels[chosen]
-
-    def identity(self) -> str:
-        return self.fingerprint()
-
-    def fingerprint(self) -> str:
-        return "drawn"
 
 
 def scores(work: Work, metrics: list[str], batch_size: int) -> dict[str, float]:
@@ -144,39 +94,6 @@ def test_processes_share_all_images_and_none_twice(n: int) -> None:
     assert sum(len(part) for part in work) == n + 5
 
 
-class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("paired", [True, False])
-def test_an_interrupted_pass_goes_on(paired: bool, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texttok_cli.metrics.processes.SAVE_EVERY", 0)
-    metrics = ["fid", "is", "precision", *(["psnr"] if paired else [])]
-    work = Work(Drawn(40, 0), Drawn(40, 1), paired=paired)
-    whole = scores(work, metrics, 8)
-    state, told = tmp_path / "state", []
-
-    def stop(batch: Batch) -> None:
-        told.append(len(batch))
-        if len(told) == 3:
-            raise Interrupted
-
-    def run(evaluator: Evaluator, identity: dict[str, object], on_batch: object) -> list[int]:
-        resumed: list[int] = []
-        run_pass(evaluator, work, batch_size=8, state=state, identity=identity, on_resume=resumed.append, on_batch=on_batch)  # type: ignore[arg-type]
-        return resumed
-
-    with pytest.raises(Interrupted):
-        run(Evaluator(metrics), {"of": ("a", 1)}, stop)
-    with pytest.raises(DataError, match="is the state of another evaluation"):
-        run(Evaluator(metrics), {"of": "b"}, lambda batch: None)
-    second = Evaluator(metrics)
-    assert run(second, {"of": ("a", 1)}, lambda batch: told.append(len(batch))) == [16]
-    assert sum(told) == len(work) + 8  # the third batch was seen, and not saved
-    for name, value in whole.items():
-        assert second.compute()[name][0] == pytest.approx(value, rel=1e-8), name
-
-
 def seen(batches: Iterator[Batch]) -> list[tuple[bool, int]]:
     return [(batch.samples is None, index) for batch in batches for index in batch.indices.tolist()]
 
@@ -199,44 +116,6 @@ def test_every_sample_has_its_own_caption(paired: bool, reconstruct: Any) -> Non
     work = Work(Drawn(7, 0), Drawn(7, 1), paired=paired, captions=captions, reconstruct=reconstruct if paired else None, rank=1, size=2)
     batches = [batch for batch in work.batches(2) if batch.samples is not None]
     assert [batch.captions for batch in batches] == [["caption 1", "caption 3"], ["caption 5"]]
-
-
-class FakeClip:
-    """Scores that are 0, and a caption cut off in every batch."""
-
-    name, sha256 = "clip", "0" * 64
-
-    def __init__(self, truncated: int = 0) -> None:
-        self.truncated = truncated
-
-    def cosines(self, images: torch.Tensor, captions: Sequence[str], *, prefixes: Sequence[str]) -> torch.Tensor:
-        self.truncated += 1
-        return torch.zeros(len(images), len(prefixes))
-
-
-def test_a_resumed_pass_counts_its_images_and_cut_captions_as_one_that_was_not_interrupted(
-    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes_module, "SAVE_EVERY", 0)
-    work = Work(Drawn(10, 0), Drawn(9, 1), paired=False, captions=["a caption"] * 10)
-    for stop_at in (2, 7):  # within the samples and within the references
-        state, batches = tmp_path / str(stop_at), []
-
-        def stop(batch: Batch, batches: list[Batch] = batches, last: int = stop_at) -> None:
-            batches.append(batch)
-            if len(batches) == last:
-                raise Interrupted
-
-        def run(on_batch: Any, state: Path = state) -> Evaluator:
-            evaluator = Evaluator(["fid", "clip-score"], clip=FakeClip())  # type: ignore[arg-type]
-            run_pass(evaluator, work, batch_size=2, state=state, identity={}, on_resume=lambda done: None, on_batch=on_batch)
-            return evaluator
-
-        with pytest.raises(Interrupted):
-            run(stop)
-        found = run(lambda batch: None)
-        assert (found.evidence.samples.n, found.evidence.references.n) == (10, 9)
-        assert found.clip is not None and found.clip.truncated == 5
 
 
 def test_the_first_process_takes_in_what_each_of_the_others_found_once(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,30 +159,6 @@ def test_an_environment_that_names_no_process_is_told(rank: str, size: str | Non
         monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(DataError, match=r"RANK=.* and WORLD_SIZE=.* in the environment name no process of a run"):
         Processes()
-
-
-@pytest.mark.parametrize("change", [{"done": "x"}, {"done": 10**6}, {"done": None}])
-def test_a_damaged_state_is_one_line(change: dict[str, object], fake: None, tmp_path: Path) -> None:
-    state, work = tmp_path / "state", Work(Drawn(8, 0), Drawn(8, 1), paired=False)
-
-    def run() -> None:
-        run_pass(
-            Evaluator(["fid"]),
-            work,
-            batch_size=8,
-            state=state,
-            identity={},
-            on_resume=lambda done: None,
-            on_batch=lambda batch: None,
-            more=True,
-        )
-
-    run()
-    header, tensors = load_safetensors(state, error=DataError)
-    for damaged in (({**header, **change}, tensors), (header, {"x": torch.zeros(1)})):
-        save_safetensors(state, damaged[1], damaged[0])
-        with pytest.raises(DataError, match="state: is damaged; remove it to start again"):
-            run()
 
 
 def test_a_reconstruction_is_compared_with_its_original(fake: None) -> None:

@@ -63,7 +63,7 @@ def latency(
     from texttok_cli.bench.results import LatencyResult
     from texttok_cli.bench.task import Task
     from texttok_cli.bench.timing import Timer
-    from texttok_cli.inference import pick_device
+    from texttok_cli.models.devices import pick_device
 
     if targets:
         _refuse_unused(context)
@@ -118,7 +118,7 @@ def tradeoff(
     from texttok_cli.bench.sweep import sweep
     from texttok_cli.bench.tradeoff import load_spec
     from texttok_cli.console import progress, say
-    from texttok_cli.inference import pick_device
+    from texttok_cli.models.devices import pick_device
 
     chosen = load_spec(spec)
     references = ref or chosen.ref

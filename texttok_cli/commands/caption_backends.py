@@ -148,7 +148,7 @@ class Settings:
         return ChatClient(str(self.endpoint), str(self.model), timeout=self.timeout, retries=self.retries)
 
     def _device(self) -> torch.device:
-        from texttok_cli.inference import pick_device
+        from texttok_cli.models.devices import pick_device
 
         return pick_device(self.device)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +14,7 @@ from texttok_cli.commands.eval_checks import (
     check_targets,
     check_used,
 )
-from texttok_cli.commands.eval_passes import measure, states_of
+from texttok_cli.commands.eval_progress import show
 from texttok_cli.commands.eval_report import compare_reports, finish
 from texttok_cli.commands.options import (
     BatchSizeOption,
@@ -32,10 +32,8 @@ from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import NOTES, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
-    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.evaluator import Batch
     from texttok_cli.metrics.reconstructions import Autoencoder
-    from texttok_cli.metrics.resize import Resize
-    from texttok_cli.metrics.subject import Subject
 
 DEFAULT_METRICS = {"reconstruction": ("rfid", "psnr", "ssim"), "generation": ("fid",)}
 
@@ -83,11 +81,10 @@ def eval_(
     interrupted run. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their cards differ.
     Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
-    from texttok_cli.inference import pick_device
-    from texttok_cli.metrics.cards import declare
+    from texttok_cli.metrics.evaluation import evaluate
+    from texttok_cli.metrics.passes import Job, Pass
     from texttok_cli.metrics.processes import Processes
-    from texttok_cli.metrics.reconstructions import open_reconstructions
-    from texttok_cli.metrics.stored import open_stored
+    from texttok_cli.models.devices import pick_device
 
     given = given_options(context)
     if compare:
@@ -96,38 +93,47 @@ def eval_(
         compare_reports(compare, html, as_json=json)
         return
     fixed = PROTOCOLS[protocol] if protocol else None
-    if fixed is not None and resize != fixed.resize:
-        raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
     check_used(given, names, fixed)
     check_targets({"-o": out, "--save-stats": save_stats, "--save-samples": save_samples, "--html": html})
-    notes = _notes(note or [])
-    processes = Processes()
-    where = str(pick_device(processes.device(device)))
-    if samples is not None:
-        opened = [open_stored(samples, ref, names, captions=captions, caption_field=caption_field)]
-    else:
-        limit = images or (fixed.images if fixed else None)
-        models = _load_models(model, device=where, precision=precision, offline=offline)
-        texts: dict[str, Any] = {"captions": captions, "caption_field": caption_field, "no_caption": no_caption}
-        opened = open_reconstructions(models, data, names, size=size, limit=limit, **texts)
-    if len(opened) > 1:
+    notes, processes = _notes(note or []), Processes()
+    if len(model or []) > 1:
         check_one_model(given)
-    subjects = [declare(subject, protocol=protocol, split=split, notes=notes) for subject in opened]
-    for subject in subjects:
-        subject.check(names, statistics=save_stats is not None)
-    evaluators = _evaluators(
-        names, subjects, resize, inception, (clip, clip_weights), keeps=save_stats is not None, device=where, offline=offline
-    )
-    states = states_of(None if save_samples else out, len(subjects), processes)
-    measure(evaluators, subjects, processes, states, save_samples=save_samples, batch_size=batch_size, quiet=quiet)
-    truncated = processes.merge(evaluators)
-    if processes.rank == 0:
-        finish(evaluators, subjects, truncated, out=out, save_stats=save_stats, html=html, gallery=gallery, quiet=quiet, as_json=json)
-    processes.finish()  # the report is written, before which nobody's saved state may go
-    for state in states:
-        if state is not None:
-            state.unlink(missing_ok=True)
+    if save_samples is not None and processes.size > 1:
+        raise DataError("--save-samples: one process writes one file; leave it out, or run without a launcher")
+    where = str(pick_device(processes.device(device)))
+    models = None if samples is not None else _load_models(model, device=where, precision=precision, offline=offline)
+
+    def track(seeing: Pass) -> Iterator[Batch]:
+        return show(seeing, first=processes.rank == 0, quiet=quiet, save_samples=save_samples)
+
+    kept = None if save_samples else out  # a file of samples can't be gone on with
+    with Job(processes, report=kept, statistics=save_stats is not None, track=track) as job:
+        report = evaluate(
+            names,
+            samples=samples,
+            references=ref,
+            model=models,
+            data=data,
+            images=images,
+            size=size,
+            captions=captions,
+            caption_field=caption_field,
+            no_caption=no_caption,
+            protocol=protocol,
+            split=split,
+            notes=notes,
+            resize=resize,
+            inception=inception,
+            clip=clip,
+            clip_weights=clip_weights,
+            batch_size=batch_size,
+            device=where,
+            offline=offline,
+            job=job,
+        )
+        if processes.rank == 0:
+            finish(report, job.passes, out=out, save_stats=save_stats, html=html, gallery=gallery, quiet=quiet, as_json=json)
 
 
 # ------------------------------------------------------------------ what was asked for
@@ -175,32 +181,3 @@ def _load_models(models: Sequence[str] | None, *, device: str, precision: Precis
         if loaded[-1].info.sha256 in [model.info.sha256 for model in loaded[:-1]]:
             raise DataError(f"--model {name}: is given twice")
     return loaded
-
-
-def _evaluators(
-    names: Sequence[str],
-    subjects: Sequence[Subject],
-    resize: Resize,
-    inception: Path | None,
-    clip: tuple[str, str],
-    *,
-    keeps: bool,
-    device: str,
-    offline: bool,
-) -> list[Evaluator]:
-    """One for each subject, with the networks in common; `clip` is its name and weights, `keeps` of all features what statistics need."""
-    from texttok_cli.metrics.clip import ClipScorer
-    from texttok_cli.metrics.evaluator import Evaluator
-    from texttok_cli.metrics.registry import uses_clip
-
-    first = Evaluator(
-        names,
-        given=subjects[0].given,
-        resize=resize,
-        inception=inception,
-        clip=ClipScorer(*clip, device=device, offline=offline) if uses_clip(names) else None,
-        keep=frozenset({"pool", "spatial"} if keeps else ()),
-        device=device,
-        offline=offline,
-    )
-    return [first, *(first.against_the_same() for _ in subjects[1:])]

@@ -1,4 +1,4 @@
-"""The report of `texttok eval`: made, printed, written as a page, and compared with others."""
+"""The report of `texttok eval`: printed, written as a page, and compared with others."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from texttok_cli.commands.eval_gallery import pick_examples
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.protocols import DECLARED
 
 if TYPE_CHECKING:
     from texttok_cli.bench.eval_page import Example
-    from texttok_cli.metrics.evaluator import Evaluator
+    from texttok_cli.metrics.passes import Pass
     from texttok_cli.metrics.report import MetricComparison, Report
     from texttok_cli.metrics.subject import Subject
 
 
 def finish(
-    evaluators: Sequence[Evaluator],
-    subjects: Sequence[Subject],
-    truncated: Sequence[int],
+    report: Report,
+    passes: Sequence[Pass],
     *,
     out: Path | None,
     save_stats: Path | None,
@@ -31,28 +29,20 @@ def finish(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Make the report of what all evaluators have seen, print it, and write the files that were asked for."""
+    """Print the report, and write the files that were asked for."""
     from texttok_cli.metrics.report import by_samples, save_report
 
-    report = make_report(evaluators, subjects, truncated)
-    print_report(report, subjects, quiet=quiet, as_json=as_json)  # first: whatever can't be written, no number is lost
+    print_report(report, [one.subject for one in passes], quiet=quiet, as_json=as_json)  # first: no number is lost with a file
     if out is not None:
         save_report(out, report)
     if save_stats is not None:
-        _save_statistics(save_stats, evaluators[0])
+        _save_statistics(save_stats, passes[0])
     if html is not None:
+        from texttok_cli.bench.eval_gallery import pick_examples
+
         reports = by_samples(report)
-        write_page(html, list(map(_name, reports)), reports, pick_examples(evaluators, subjects, each=gallery))
+        write_page(html, list(map(_name, reports)), reports, pick_examples(passes, each=gallery))
     print_written({"out": out, "html": html}, as_json=as_json)
-
-
-def make_report(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], truncated: Sequence[int]) -> Report:
-    """Every number with its card, one subject after the other; `truncated` captions of each could CLIP not read to their end."""
-    from texttok_cli.metrics.cards import results_of
-    from texttok_cli.metrics.report import Report
-
-    found = zip(subjects, evaluators, truncated, strict=True)
-    return Report(results=[result for subject, evaluator, cut in found for result in results_of(subject, evaluator, cut)])
 
 
 def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as_json: bool) -> None:
@@ -86,10 +76,10 @@ def print_written(files: Mapping[str, Path | None], *, as_json: bool) -> None:
         emit(written, as_json=False)
 
 
-def _save_statistics(path: Path, evaluator: Evaluator) -> None:
+def _save_statistics(path: Path, seen: Pass) -> None:
     from texttok_cli.metrics.sources import write_statistics
 
-    samples = evaluator.evidence.samples
+    samples = seen.evaluator.evidence.samples
     write_statistics(path, {"pool": samples.gaussian("pool"), "spatial": samples.gaussian("spatial")})
 
 

@@ -38,7 +38,7 @@ def train(
             stdout.print(dump_recipe(resolved), markup=False)
         emit(plan(resolved), as_json=json)
         return
-    from texttok_cli.inference import pick_device
+    from texttok_cli.models.devices import pick_device
     from texttok_cli.training.loop import Interrupted
     from texttok_cli.training.report import Reporter, is_first_process
     from texttok_cli.training.session import run_training

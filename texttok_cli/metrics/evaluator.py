@@ -125,6 +125,11 @@ class Evaluator:
             found["clip"] = (self.clip.name, self.clip.sha256)
         return found
 
+    @property
+    def truncated(self) -> int:
+        """How many captions CLIP could not read to their end."""
+        return 0 if self.clip is None else self.clip.truncated
+
     def compute(self) -> dict[str, Score]:
         """Every metric: its value, and its spread if its rule has one. DataError for sets that are too small to have one."""
         scores = {}

@@ -17,7 +17,7 @@ from texttok_cli.metrics.subject import Subject, caption_source, captions_of, na
 
 
 def open_stored(
-    samples: str, references: str | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None
+    samples: str | Path, references: str | Path | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None
 ) -> Subject:
     """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
 
@@ -25,13 +25,13 @@ def open_stored(
     to the reference of its name (of its position, if either is an .npz).
     """
     paired = uses_pairs(metrics)
-    run = sample_run(samples)
-    numbered = paired and references is not None and references.endswith(".npz")
+    run = sample_run(str(samples))
+    numbered = paired and _is_npz(references)
     found, classes, texts = _stored(run, numbered=numbered, compared=uses_clip(metrics), captions=captions, caption_field=caption_field)
     jpegs = found.jpegs() if isinstance(found, FileImages) else 0
     against, theirs = _references(references, found, paired=paired, caption_field=caption_field)
     if paired:
-        check_pairs(found, against.images, references)
+        check_pairs(found, against.images, None if references is None else str(references))
     card = {
         **run.card,
         "samples": names_of([samples]),
@@ -60,7 +60,7 @@ def _stored(
 ) -> tuple[NpzImages | FileImages, Sequence[Hashable] | None, Sequence[str] | None]:
     """The samples (by their numbers, if so), the class of each where all have one, and their captions if these are `compared`."""
     found: NpzImages | FileImages
-    if run.samples.endswith(".npz"):
+    if _is_npz(run.samples):
         found = NpzImages(Path(run.samples))
         classes: Sequence[Hashable] | None = found.labels()
         texts = _captions_by_position(found, captions, run.captions) if compared else None
@@ -85,19 +85,23 @@ def _captions_by_position(samples: Images, captions: Path | None, own: Sequence[
 
 
 def _references(
-    references: str | None, samples: Images, *, paired: bool, caption_field: str | None
+    references: str | Path | None, samples: Images, *, paired: bool, caption_field: str | None
 ) -> tuple[Reference, Sequence[str | None] | None]:
     """The references, in the order of the samples if they are their originals, and their captions, of which files have some."""
     if references is None:
         return Reference({}, None, None), None
-    if references.endswith(".npz"):
+    if _is_npz(references):
         return read_npz_reference(Path(references)), None
     dataset = open_dataset([references], caption_field=caption_field)
     images = FileImages(match_by_name(dataset, samples) if paired else dataset, crop_to=samples.size)
     return Reference({}, images, None), [item.caption for item in dataset.items]
 
 
-def _identity(references: str | None, found: Reference) -> str | None:
+def _identity(references: str | Path | None, found: Reference) -> str | None:
     if found.given:
         return sha256_file(Path(str(references)))
     return None if found.images is None else found.images.identity()
+
+
+def _is_npz(source: str | Path | None) -> bool:
+    return str(source).endswith(".npz")

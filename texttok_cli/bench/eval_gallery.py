@@ -6,27 +6,25 @@ Letters: n images, S image side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from texttok_cli.bench.eval_page import Example, Made
-    from texttok_cli.metrics.evaluator import Evaluator
-    from texttok_cli.metrics.sources import Images
-    from texttok_cli.metrics.subject import Subject
+from texttok_cli.bench.eval_page import Example, Made
+from texttok_cli.metrics.passes import Pass
+from texttok_cli.metrics.sources import Images
+from texttok_cli.metrics.subject import Subject
 
 
-def pick_examples(evaluators: Sequence[Evaluator], subjects: Sequence[Subject], *, each: int) -> list[Example]:
-    """`each` images a rank by the first model's PSNR; of samples without originals as many, at even distances.
+def pick_examples(passes: Sequence[Pass], *, each: int) -> list[Example]:
+    """After an evaluation `each` images a rank by the first model's PSNR; of samples without originals as many, at even distances.
 
     Reconstructions are made again, which costs less than to keep those of a whole pass.
     """
-    from texttok_cli.bench.eval_page import Example
-
+    subjects = [one.subject for one in passes]
     first = subjects[0]
     if first.paired:
-        found = [evaluator.evidence.by_image["psnr"].in_order() for evaluator in evaluators]
+        found = [one.evaluator.evidence.by_image["psnr"].in_order() for one in passes]
         qualities: list[Tensor | None] = [*found]
         ranks = by_rank(found[0], each)
     else:
@@ -55,10 +53,6 @@ def by_rank(quality: Tensor, each: int) -> dict[str, list[int]]:
 
 def _made(subject: Subject, quality: Tensor | None, numbers: Sequence[int], originals: dict[int, Tensor]) -> dict[int, Made]:
     """By index, what a model makes of the originals, or the samples that are there already."""
-    import torch
-
-    from texttok_cli.bench.eval_page import Made
-
     if subject.reconstruct is None:
         images = _read(subject.samples, numbers)
     else:

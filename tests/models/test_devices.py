@@ -1,0 +1,23 @@
+"""Where to compute: the best there is, and what is not there."""
+
+import pytest
+import torch
+
+from texttok_cli.errors import BackendError
+from texttok_cli.models.devices import pick_device
+
+
+def test_auto_is_the_fastest_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert pick_device("auto").type == expected
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    for device in ("cuda", "mps", "tpu"):
+        with pytest.raises(BackendError, match=f"--device {device}: not available here"):
+            pick_device(device)
