@@ -1,9 +1,11 @@
 """`import texttok_cli`: what it offers, and that its documentation's example runs."""
 
 import importlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +54,55 @@ def test_a_data_set_in_a_few_lines(models: Path, tmp_path: Path, draw: Callable[
     assert [len(load_tokens(tmp_path / f"{number}.tok.safetensors")) for number in range(2)] == [2, 1]
 
 
+@pytest.fixture
+def pictures(tmp_path: Path, draw: Callable[..., Path]) -> Path:
+    """Five, with captions."""
+    for i in range(5):
+        draw(tmp_path / f"pictures/{i}.png", seed=i).with_suffix(".txt").write_text(f"number {i}")
+    return tmp_path / "pictures"
+
+
+def test_evaluate_is_what_the_command_does(models: Path, pictures: Path, tmp_path: Path, texttok: Callable[..., Any]) -> None:
+    """Of models, and of samples: the same report, whether it is returned, printed or written."""
+    from texttok_cli import evaluate, load_tokenizer
+
+    names = ("text", "plain")
+    tokenizers = [load_tokenizer(models / f"{name}.safetensors") for name in names]
+    reports = [
+        evaluate(["psnr", "ssim"], model=tokenizers, data=pictures, images=4, split="val", notes={"seed": "3"}),
+        evaluate(["ssim"], samples=pictures, references=str(pictures)),
+    ]
+    twins = [option for name in names for option in ("-m", models / f"{name}.safetensors")]
+    options = [("--metric", "psnr,ssim", *twins, "--data", pictures, "-n", 4, "--split", "val", "--note", "seed=3")]
+    options.append(("--metric", "ssim", "--samples", pictures, "--ref", pictures))
+    for report, given in zip(reports, options, strict=True):
+        outcome = texttok("eval", *given, "--json", "-o", tmp_path / "report.json")
+        assert report.model_dump(mode="json") == json.loads(outcome.out) == json.loads((tmp_path / "report.json").read_text())
+    assert [(result.card.samples, result.metric, result.card.n) for result in reports[0].results] == [
+        (name, metric, 4) for name in names for metric in ("psnr", "ssim")
+    ]
+    assert [result.value for result in reports[1].results] == [1.0] and reports[1].results[0].card.reference == "pictures"
+
+
+def test_evaluate_takes_tensors_for_files(models: Path, pictures: Path) -> None:
+    """As a training loop has them: one tensor, or batches of what makes them."""
+    from texttok_cli import evaluate, load_tokenizer
+    from texttok_cli.data import load_image, to_tensor
+
+    tokenizer, captions = load_tokenizer(models / "text.safetensors"), [f"number {i}" for i in range(5)]
+    paths = sorted(pictures.glob("*.png"))
+    originals = torch.stack([to_tensor(load_image(path.read_bytes(), name=path.name)) for path in paths])
+    made = tokenizer.decode(tokenizer.encode(originals, captions), captions)
+    (expected,) = evaluate(["psnr"], model=tokenizer, data=pictures).results
+    for references in (originals, pictures):
+        (result,) = evaluate(["psnr"], samples=(batch for batch in made.split(2)), references=references).results
+        assert result.value == pytest.approx(expected.value, rel=1e-6) and (result.card.samples, result.card.n) == ("tensors", 5)
+    (stored,) = evaluate(["psnr"], samples=pictures, references=made).results
+    assert stored.value == pytest.approx(expected.value, rel=1e-6) and stored.card.reference == "tensors"
+
+
 def test_every_error_is_a_text_tok_error(models: Path, tmp_path: Path) -> None:
-    from texttok_cli import TextTokError, load_tokenizer, load_tokens, open_dataset
+    from texttok_cli import TextTokError, evaluate, load_tokenizer, load_tokens, open_dataset
 
     tokenizer = load_tokenizer(models / "plain.safetensors", device="cpu")
     for mistake in (
@@ -62,6 +111,13 @@ def test_every_error_is_a_text_tok_error(models: Path, tmp_path: Path) -> None:
         lambda: open_dataset([tmp_path]),
         lambda: tokenizer.encode(tmp_path / "none.png"),
         lambda: tokenizer.decode(torch.zeros(1, 2, 3)),
+        lambda: evaluate(["fidd"], model=tokenizer),
+        lambda: evaluate(["psnr"]),
+        lambda: evaluate(["psnr"], model=tokenizer, references=tmp_path),
+        lambda: evaluate(["psnr"], model=tokenizer, samples=tmp_path),
+        lambda: evaluate(["psnr"], model=tokenizer, notes={"colour": "red"}),
+        lambda: evaluate(["psnr"], samples=torch.zeros(2, 3, 8, 8), references=tmp_path),
+        lambda: evaluate(["rfid"], model=tokenizer, protocol="recon", resize="clean"),
     ):
         with pytest.raises(TextTokError):
             mistake()

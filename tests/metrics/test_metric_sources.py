@@ -12,7 +12,7 @@ from gaussians import gaussian_of
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import DataError
 from texttok_cli.metrics import sources
-from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, read_npz_reference, write_statistics
+from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, TensorImages, read_npz_reference, write_statistics
 
 Draw = Callable[..., Path]
 
@@ -170,3 +170,27 @@ def test_a_file_that_is_not_there_is_not_called_damaged(read: Callable[[Path], o
     with pytest.raises(DataError) as caught:
         read(tmp_path / "none.npz")
     assert str(caught.value) == f"{tmp_path / 'none.npz'}: no such file"
+
+
+def test_tensors_are_images_too_in_one_or_several() -> None:
+    images = torch.from_numpy(batch()).permute(0, 3, 1, 2)
+    whole, parts = TensorImages(images), TensorImages(part for part in images.split(2))
+    assert (whole.size, whole.ids) == (8, ["0", "1", "2", "3", "4"]) and whole.identity() == parts.identity()
+    assert TensorImages(images[:4]).fingerprint() != whole.fingerprint() == parts.fingerprint()
+    for found in (whole, parts):
+        [(first, some), (second, rest)] = found.batches([1, 3, 4], 2)
+        assert (first.tolist(), second.tolist()) == ([1, 3], [4]) and torch.equal(torch.cat([some, rest]), images[[1, 3, 4]])
+
+
+@pytest.mark.parametrize("shapes", [[(3, 8, 8)], [(2, 1, 8, 8)], [(2, 3, 8, 4)], [(2, 3, 8, 8), (2, 3, 4, 4)]])
+def test_tensors_of_other_shapes_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(DataError, match=r"not torch.uint8 \(n, 3, S, S\) of one size S"):
+        TensorImages(torch.zeros(shape, dtype=torch.uint8) for shape in shapes)
+
+
+def test_floats_and_nothing_are_no_images() -> None:
+    with pytest.raises(DataError, match=r"images are torch.float32 \(2, 3, 8, 8\), not torch.uint8"):
+        TensorImages(torch.zeros(2, 3, 8, 8))
+    for nothing in ([], torch.zeros(0, 3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(DataError, match="no image to evaluate"):
+            TensorImages(nothing)

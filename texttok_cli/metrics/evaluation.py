@@ -15,7 +15,7 @@ from texttok_cli.metrics.reconstructions import Autoencoder, open_reconstruction
 from texttok_cli.metrics.registry import check_names, uses_clip
 from texttok_cli.metrics.report import Report
 from texttok_cli.metrics.resize import Resize
-from texttok_cli.metrics.stored import open_stored
+from texttok_cli.metrics.stored import Source, open_stored
 from texttok_cli.metrics.subject import Subject
 from texttok_cli.models.devices import pick_device
 
@@ -23,8 +23,8 @@ from texttok_cli.models.devices import pick_device
 def evaluate(
     metrics: Sequence[str],
     *,
-    samples: str | Path | None = None,
-    references: str | Path | None = None,
+    samples: Source | None = None,
+    references: Source | None = None,
     model: Autoencoder | Sequence[Autoencoder] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     images: int | None = None,
@@ -48,9 +48,10 @@ def evaluate(
 
     `metrics` are the names of `texttok eval --metric`, such as fid, rfid, psnr or clip-score. What they measure is either
 
-    - `samples`: a folder, manifest, shard or .npz batch of ADM's form, as they are stored: square and of one size S. They are
-      compared with `references`: the same, cropped to S by ADM's rule, or an .npz of their statistics. Metrics of pairs (psnr, ...)
-      compare each sample with the reference of its name; if either is an .npz, of its position. Or
+    - `samples`: a folder, manifest, shard or .npz batch of ADM's form, as they are stored: square and of one size S; or uint8
+      tensors (n, 3, S, S), 0 to 255, one or an iterable of batches, which are held in memory. They are compared with `references`:
+      the same (files are cropped to S by ADM's rule), or an .npz of their statistics. Metrics of pairs (psnr, ...) compare each
+      sample with the reference of its name; if either is an .npz or a tensor, of its position. Or
     - `model`, a `Tokenizer` or several: what it makes of the images of `data` (folders, manifests, shards; None: a small set that
       comes with the package), cropped to its size; to `size` if it takes any. `images` is how many at most, evenly spaced.
 

@@ -1,4 +1,4 @@
-"""Where evaluated images come from: files and shards, or the .npz batches and statistics of ADM's evaluator.
+"""Where evaluated images come from: files and shards, the .npz batches and statistics of ADM's evaluator, or memory.
 
 Letters: n images, B batch, S image side.
 """
@@ -14,7 +14,7 @@ import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -163,6 +163,42 @@ class NpzImages(Images):
         file.seek(at)
         data = file.read(3 * self.size**2)
         return np.frombuffer(data, np.uint8).reshape(self.size, self.size, 3)
+
+
+class TensorImages(Images):
+    """Uint8 (n, 3, S, S), or an iterable of such batches, all of which are held in memory.
+
+    Raises DataError for tensors of another type or shape, and for none.
+    """
+
+    crop = "as stored"
+
+    def __init__(self, images: Tensor | Iterable[Tensor]) -> None:
+        batches = [images] if isinstance(images, Tensor) else list(images)
+        for batch in batches:
+            if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1:] != (3, batches[0].shape[-1], batches[0].shape[-1]):
+                raise DataError(f"images are {batch.dtype} {tuple(batch.shape)}, not torch.uint8 (n, 3, S, S) of one size S")
+        if not sum(map(len, batches)):
+            raise DataError("no image to evaluate")
+        self.pixels = torch.cat([batch.cpu() for batch in batches]).contiguous()
+        self.size = self.pixels.shape[-1]
+        self.ids = [str(number) for number in range(len(self.pixels))]
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Images`."""
+        for start in range(0, len(indices), batch_size):
+            chosen = torch.tensor(indices[start : start + batch_size])
+            yield chosen, self.pixels[chosen]
+
+    def identity(self) -> str:
+        """See `Images`."""
+        digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        digest.update(self.pixels.numpy().data)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """See `Images`."""
+        return self.identity()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
 
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.data.listings import with_captions
@@ -12,30 +15,38 @@ from texttok_cli.files import sha256_file
 from texttok_cli.metrics.pairs import by_number, check_pairs, match_by_name
 from texttok_cli.metrics.registry import uses_clip, uses_pairs
 from texttok_cli.metrics.sample_run import SampleRun, sample_run
-from texttok_cli.metrics.sources import FileImages, Images, NpzImages, Reference, read_npz_reference
+from texttok_cli.metrics.sources import FileImages, Images, NpzImages, Reference, TensorImages, read_npz_reference
 from texttok_cli.metrics.subject import Subject, caption_source, captions_of, names_of
+
+Source: TypeAlias = "str | Path | Tensor | Iterable[Tensor]"  # tensors are uint8 (n, 3, S, S)
+IN_MEMORY = "tensors"  # what a card calls images of no file
 
 
 def open_stored(
-    samples: str | Path, references: str | Path | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None
+    samples: Source, references: Source | None, metrics: Sequence[str], *, captions: Path | None, caption_field: str | None
 ) -> Subject:
-    """Samples as they are stored, and references: statistics, or images cropped by ADM's rule to the samples' size.
+    """Samples as they are stored, and references: statistics, or images, those of files cropped by ADM's rule to the samples' size.
 
     Of the folder that `texttok sample` wrote the card learns how they were made. If a metric compares pairs, each sample belongs
-    to the reference of its name (of its position, if either is an .npz).
+    to the reference of its name (of its position, if either is an .npz or tensors).
     """
-    paired = uses_pairs(metrics)
-    run = sample_run(str(samples))
-    numbered = paired and _is_npz(references)
-    found, classes, texts = _stored(run, numbered=numbered, compared=uses_clip(metrics), captions=captions, caption_field=caption_field)
+    paired, compared = uses_pairs(metrics), uses_clip(metrics)
+    found: Images
+    if isinstance(samples, str | Path):
+        numbered = paired and references is not None and _by_position(references)
+        run = sample_run(str(samples))
+        found, classes, texts = _stored(run, numbered=numbered, compared=compared, captions=captions, caption_field=caption_field)
+    else:
+        run, found, classes = SampleRun(IN_MEMORY), TensorImages(samples), None
+        texts = _captions_by_position(found, captions, None) if compared else None
     jpegs = found.jpegs() if isinstance(found, FileImages) else 0
     against, theirs = _references(references, found, paired=paired, caption_field=caption_field)
     if paired:
-        check_pairs(found, against.images, None if references is None else str(references))
+        check_pairs(found, against.images, str(references) if isinstance(references, str | Path) else None)
     card = {
         **run.card,
-        "samples": names_of([samples]),
-        "reference": names_of([references]) if references else None,
+        "samples": _name(samples),
+        "reference": None if references is None else _name(references),
         "reference_sha256": _identity(references, against),
         "uint8": f"as stored, {jpegs:,} of them as JPEG (lossy)" if jpegs else "as stored",
         "text": None if texts is None else f"compared with the samples: {caption_source(captions, caption_field)}",
@@ -60,7 +71,7 @@ def _stored(
 ) -> tuple[NpzImages | FileImages, Sequence[Hashable] | None, Sequence[str] | None]:
     """The samples (by their numbers, if so), the class of each where all have one, and their captions if these are `compared`."""
     found: NpzImages | FileImages
-    if _is_npz(run.samples):
+    if _by_position(run.samples):
         found = NpzImages(Path(run.samples))
         classes: Sequence[Hashable] | None = found.labels()
         texts = _captions_by_position(found, captions, run.captions) if compared else None
@@ -79,29 +90,38 @@ def _captions_by_position(samples: Images, captions: Path | None, own: Sequence[
     """Of a captions.jsonl whose ids are positions, from 0; else the run's `own`."""
     if captions is None:
         if own is None:
-            raise DataError("samples in an .npz have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
+            kind = "samples in an .npz" if isinstance(samples, NpzImages) else IN_MEMORY
+            raise DataError(f"{kind} have no captions: give --captions FILE.jsonl whose ids are their positions, from 0")
         return own
     return captions_of(Dataset(with_captions([Item(position, str(captions)) for position in samples.ids], captions)))
 
 
 def _references(
-    references: str | Path | None, samples: Images, *, paired: bool, caption_field: str | None
+    references: Source | None, samples: Images, *, paired: bool, caption_field: str | None
 ) -> tuple[Reference, Sequence[str | None] | None]:
     """The references, in the order of the samples if they are their originals, and their captions, of which files have some."""
     if references is None:
         return Reference({}, None, None), None
-    if _is_npz(references):
+    if not isinstance(references, str | Path):
+        images = TensorImages(references)
+        return Reference({}, images, images.size), None
+    if _by_position(references):
         return read_npz_reference(Path(references)), None
     dataset = open_dataset([references], caption_field=caption_field)
-    images = FileImages(match_by_name(dataset, samples) if paired else dataset, crop_to=samples.size)
-    return Reference({}, images, None), [item.caption for item in dataset.items]
+    originals = FileImages(match_by_name(dataset, samples) if paired else dataset, crop_to=samples.size)
+    return Reference({}, originals, None), [item.caption for item in dataset.items]
 
 
-def _identity(references: str | Path | None, found: Reference) -> str | None:
+def _identity(references: Source | None, found: Reference) -> str | None:
     if found.given:
         return sha256_file(Path(str(references)))
     return None if found.images is None else found.images.identity()
 
 
-def _is_npz(source: str | Path | None) -> bool:
-    return str(source).endswith(".npz")
+def _by_position(source: Source) -> bool:
+    """Whether its images have no names."""
+    return not isinstance(source, str | Path) or str(source).endswith(".npz")
+
+
+def _name(source: Source) -> str:
+    return names_of([source]) if isinstance(source, str | Path) else IN_MEMORY
