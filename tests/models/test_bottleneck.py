@@ -22,8 +22,11 @@ def alone(value: torch.Tensor) -> torch.Tensor:
 
 
 def vq(codes: int = 16, *, seed: int = 0, weight: float = 1.0) -> VQ:
+    """As in the middle of a run, with all codes in use."""
     torch.manual_seed(seed)
-    return VQ(DIM, D, codes=codes, weight=weight)
+    bottleneck = VQ(DIM, D, codes=codes, weight=weight)
+    bottleneck.usage.fill_(1)
+    return bottleneck
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -144,7 +147,7 @@ def test_usage_is_the_running_share_of_all_parts_of_a_step() -> None:
     bottleneck.eval()(tokens(2))  # evaluation is not counted
     bottleneck.finish_step(alone)
     share = np.bincount(torch.cat(parts).flatten().numpy(), minlength=16) / (2 * B * N) * 16
-    np.testing.assert_allclose(bottleneck.usage.numpy(), 0.99 + 0.01 * share, rtol=1e-6)
+    np.testing.assert_allclose(bottleneck.usage.numpy(), 0.95 + 0.05 * share, rtol=1e-6)
 
 
 def test_a_step_that_was_skipped_leaves_nothing() -> None:
@@ -171,6 +174,18 @@ def test_dead_codes_become_inputs_of_the_step() -> None:
     assert torch.equal(bottleneck.usage[:5], torch.ones(5))
 
 
+def test_a_new_codebook_is_put_where_inputs_are() -> None:
+    """Inputs of a network that was just made are much alike: of random directions one code would be used."""
+    torch.manual_seed(0)
+    bottleneck, batch = VQ(DIM, D, codes=64, weight=1.0), 0.05 * tokens(batch=40)
+    with torch.no_grad():
+        bottleneck.proj.bias[:] = torch.tensor([3.0, 0, 0, 0])
+    before = bottleneck(batch).codes.unique()
+    bottleneck.finish_step(alone)
+    after = bottleneck(batch).codes.unique()
+    assert len(before) == 1 and len(after) > 40
+
+
 def test_restarts_bring_a_collapsed_codebook_into_use() -> None:
     """All codes but one point away from every input: without restarts one code of 16 would be used for ever."""
     bottleneck = vq()
@@ -180,7 +195,7 @@ def test_restarts_bring_a_collapsed_codebook_into_use() -> None:
         bottleneck.codebook[0, 0] = 1
     batch = tokens(batch=40)
     assert len(bottleneck(batch).codes.unique()) == 1
-    for _ in range(470):
+    for _ in range(50):
         bottleneck(batch)
         bottleneck.finish_step(alone)
     used = code_usage(bottleneck.eval()(batch).codes, 16)["code_usage"]
@@ -204,11 +219,15 @@ class Sum:
 def test_two_processes_keep_one_codebook() -> None:
     """Each sees its half of the batch; usage is that of one process which sees all, and dead codes get inputs of either."""
     pair, whole, total = [vq(), vq()], vq(), Sum()
-    for bottleneck in (*pair, whole):
+    far = torch.tensor([-1.0, 0, 0, 0])
+
+    def kill(bottleneck: VQ) -> None:
         bottleneck.usage[:6] = 0.001
         with torch.no_grad():  # codes that nothing is near to
             bottleneck.proj.bias[:] = torch.tensor([9.0, 0, 0, 0])
-            bottleneck.codebook[:6] = torch.tensor([-1.0, 0, 0, 0])
+            bottleneck.codebook[:6] = far
+
+    kill(whole)
     inputs = [F.normalize(whole.proj(tokens(seed)).detach(), dim=-1).flatten(0, 1) for seed in (0, 1)]
     whole(torch.cat([tokens(0), tokens(1)]))
     whole.finish_step(alone)
@@ -219,8 +238,11 @@ def test_two_processes_keep_one_codebook() -> None:
 
     ranks: set[int] = set()
     waited = False
-    for attempt in range(20):  # a code is taken with chance 1/2 a step, and then is an input of either with the same chance
-        before = pair[0].codebook[:6].detach().clone()
+    # A code is taken with chance 1/2 a step, and then is an input of either with the same chance: six draws alone would be all of
+    # one process in 1 of 32 runs.
+    for attempt in range(20):
+        for bottleneck in pair:
+            kill(bottleneck)
         threads = [threading.Thread(target=step, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
@@ -229,14 +251,13 @@ def test_two_processes_keep_one_codebook() -> None:
         assert torch.equal(pair[0].codebook, pair[1].codebook) and torch.equal(pair[0].usage, pair[1].usage)
         if attempt == 0:
             torch.testing.assert_close(pair[0].usage[6:], whole.usage[6:])
-        taken = (pair[0].codebook[:6] != before).any(dim=1)
+        taken = (pair[0].codebook[:6] != far).any(dim=1)
         assert torch.equal(pair[0].usage[:6] == 1, taken)  # a code that nobody or both offered for waits, still dead
         waited |= not taken.all()
-        found = [[rank for rank in (0, 1) if (inputs[rank] == code).all(dim=1).any()] for code in pair[0].codebook[:6]]
+        found = [[rank for rank in (0, 1) if (inputs[rank] == code).all(dim=1).any()] for code in pair[0].codebook[:6][taken]]
+        assert all(found)
         ranks |= {rank for of_code in found for rank in of_code}
-        for bottleneck in pair:  # dead again: six draws alone would be all of one process in 1 of 32 runs
-            bottleneck.usage[:6] = 0.001
-    assert all(found) and ranks == {0, 1} and waited
+    assert ranks == {0, 1} and waited
 
 
 def test_resume_is_exact() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 # A tensor of one process to its sum over all processes.
 SumOverProcesses = Callable[[Tensor], Tensor]
 
-USAGE_DECAY = 0.99  # a step, of the running usage; the usual one of codebooks kept by running means
-DEAD_USAGE = 0.01  # of uniform usage: what is left after 459 steps of no use, as 0.99^459 < 0.01
+USAGE_DECAY = 0.95  # a step, of the running usage. [I] ours
+DEAD_USAGE = 0.1  # of uniform usage: what is left after 45 steps of no use, as 0.95^45 < 0.1. [I] ours
 SEARCH_TOKENS = 4096  # tokens compared with all codes at once, which bounds the memory
 
 
@@ -74,7 +74,8 @@ class VQ(Bottleneck):
 
     The loss "vq" is `weight` times (codebook loss + `commitment` times commitment loss), means over all elements.
     `usage` (K,) is the running share of tokens by code, 1 for uniform use; what a step adds waits for `finish_step`,
-    so between steps everything is in the parameters and buffers.
+    so between steps everything is in the parameters and buffers. At first all codes are dead, so that the first step puts them
+    where inputs are: from random directions few are ever used, and a detokenizer that always reads the same codes learns nothing.
     """
 
     usage: Tensor
@@ -84,7 +85,7 @@ class VQ(Bottleneck):
         self.commitment, self.weight = commitment, weight
         self.proj = nn.Linear(dim, latent_dim)
         self.codebook = nn.Parameter(F.normalize(torch.randn(codes, latent_dim), dim=-1))
-        self.register_buffer("usage", torch.ones(codes))
+        self.register_buffer("usage", torch.zeros(codes))
         self._counts: Tensor | None = None  # (K,) of the step under way
         self._inputs: Tensor | None = None  # (M, d) of its latest forward pass
 
