@@ -101,6 +101,12 @@ def test_evaluate_takes_tensors_for_files(models: Path, pictures: Path) -> None:
     assert stored.value == pytest.approx(expected.value, rel=1e-6) and stored.card.reference == "tensors"
 
 
+def test_one_image_has_a_psnr_and_nothing_to_warn_of() -> None:
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    (result,) = texttok_cli.evaluate(["psnr"], samples=image, references=image + 1, device="cpu").results
+    assert result.value == pytest.approx(48.13, abs=0.01) and result.warnings == []
+
+
 def test_every_error_is_a_text_tok_error(models: Path, tmp_path: Path) -> None:
     from texttok_cli import TextTokError, evaluate, load_tokenizer, load_tokens, open_dataset
 

@@ -38,7 +38,7 @@ class Metric:
     needs: frozenset[Need] = frozenset()
     network: Network = ""
     least: int = 1  # there is no number of fewer images
-    enough: int = 2  # with fewer images the number is given with a warning
+    enough: int = 1  # with fewer images the number is given with a warning
     why: str = ""  # what is wrong with fewer
     by_image: bool = False
     reference: bool = True  # compares with references
