@@ -26,6 +26,7 @@ from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
 from texttok_cli.files import alone_in, save_safetensors, sha256_file
+from texttok_cli.models.bottleneck import DEAD_USAGE, USAGE_DECAY
 from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training import session
@@ -560,8 +561,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(recipe_file: RecipeFil
 def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path, changes: dict) -> None:
     """DDP over gloo with the discriminator, R1 and LeCAM on: losses and gradients as in one process with the same global batch.
 
-    Three steps: R1 is in two of them, LeCAM's means in the last two; a difference in rounding trebles with every further one.
+    Three steps: R1 is in two of them, LeCAM's means in the last two; a difference in rounding trebles with every further one. They
+    start from a model whose codes are in use, as each process draws inputs of its own for dead ones.
     """
+    recipe = recipe_file(schedule={"steps": 2}, **{**changes, "training": {**changes.get("training", {}), "weights": "fp32"}})
+    train(recipe, tmp_path / "first")
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    usage = first.get("bottleneck.usage", torch.ones(1))
+    assert usage.min() * USAGE_DECAY**3 > DEAD_USAGE, usage
+    start = {"start_from": str(tmp_path / "first" / "model.safetensors")}
+    changes = {**changes, "training": {**changes.get("training", {}), **start}}
     recipe = recipe_file(schedule={"steps": 3}, objective={"adversarial": {"start": 0}}, **changes)
     train(recipe, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
