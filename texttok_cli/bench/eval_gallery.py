@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.bench.eval_page import Example, Made
+from texttok_cli.data import evenly_spaced
 from texttok_cli.metrics.passes import Pass
 from texttok_cli.metrics.sources import Images
 from texttok_cli.metrics.subject import Subject
@@ -28,8 +29,7 @@ def pick_examples(passes: Sequence[Pass], *, each: int) -> list[Example]:
         qualities: list[Tensor | None] = [*found]
         ranks = by_rank(found[0], each)
     else:
-        n, shown = len(first.measured.ids), min(len(first.measured.ids), 3 * each)
-        qualities, ranks = [None], {"": [i * n // shown for i in range(shown)]}
+        qualities, ranks = [None], {"": evenly_spaced(len(first.measured.ids), 3 * each)}
     numbers = sorted(number for chosen in ranks.values() for number in chosen)
     originals = _read(first.references, numbers) if first.paired else {}
     made = [_made(subject, quality, numbers, originals) for subject, quality in zip(subjects, qualities, strict=True)]

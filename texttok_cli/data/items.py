@@ -71,3 +71,9 @@ class Dataset:
                 return file.read(n if item.size is None else min(item.size, n))
         except OSError as err:
             raise DataError(f"{item.id}: {item.file}: {err.strerror}") from None
+
+
+def evenly_spaced(n: int, limit: int) -> list[int]:
+    """`limit` of n indices, all if there are no more: a data set may be sorted."""
+    count = min(n, limit)
+    return [i * n // count for i in range(count)]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from texttok_cli.config.schema import TextCondition
-from texttok_cli.data import SAMPLE_SET, Dataset, open_dataset
+from texttok_cli.data import SAMPLE_SET, Dataset, evenly_spaced, open_dataset
 from texttok_cli.data.texts import texts_for
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.registry import uses_clip
@@ -89,7 +89,9 @@ def open_reconstructions(
     if captions is not None and not clip and all(model.text_condition is None for model in models):
         raise DataError(f"{models[0].info.name}: takes no captions, and no metric reads them: leave out --captions")
     side = _common_size(models, size)
-    dataset = _evenly(open_dataset(data or [SAMPLE_SET], captions=captions, caption_field=caption_field), limit)
+    dataset = open_dataset(data or [SAMPLE_SET], captions=captions, caption_field=caption_field)
+    if limit is not None:
+        dataset = Dataset([dataset.items[i] for i in evenly_spaced(len(dataset), limit)], dataset.skipped)
     originals = FileImages(dataset, crop_to=side)
     common = {
         "reference": names_of(data or [SAMPLE_SET]),
@@ -142,10 +144,3 @@ def _reconstruction(model: Autoencoder, texts: Sequence[str] | None) -> Callable
         return model.decode(model.encode(images, chosen), chosen)
 
     return reconstruct
-
-
-def _evenly(dataset: Dataset, limit: int | None) -> Dataset:
-    n = len(dataset)
-    if limit is None or n <= limit:
-        return dataset
-    return type(dataset)([dataset.items[i * n // limit] for i in range(limit)], dataset.skipped)

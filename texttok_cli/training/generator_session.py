@@ -17,7 +17,7 @@ from torch import Tensor
 from texttok_cli.checkpoint import ModelInfo, load_generator_file, load_tokenizer_file, read_tokenizer_info, save_generator
 from texttok_cli.config.recipe import GeneratorRecipe
 from texttok_cli.config.schema import PromptCondition, TextCondition, TokenLatents
-from texttok_cli.data import to_uint8
+from texttok_cli.data import evenly_spaced, to_uint8
 from texttok_cli.data.latents import LatentBatch, LatentLoader, LatentStore
 from texttok_cli.data.sources import expand
 from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
@@ -31,7 +31,7 @@ from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask
 from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter
-from texttok_cli.training.run import RunFolder, begin, check_start, history, spread
+from texttok_cli.training.run import RunFolder, begin, check_start, history
 
 GRID_STEPS, GRID_CFG = 50, "1.5"  # how the samples of a validation are drawn: the recipe's own 250 steps would take five times as long
 VALIDATION_BATCH = 256
@@ -177,7 +177,7 @@ def _start(recipe: GeneratorRecipe, tokenizer: ModelInfo, offline: bool) -> tupl
 
 def _ordered(store: LatentStore, limit: int, device: torch.device) -> Iterator[LatentBatch]:
     """At most `limit` latents of a store, evenly spread, in order."""
-    for indices in torch.split(torch.tensor(spread(len(store), limit)), VALIDATION_BATCH):
+    for indices in torch.split(torch.tensor(evenly_spaced(len(store), limit)), VALIDATION_BATCH):
         yield LatentBatch(store.z[indices].to(device).float(), indices)
 
 
@@ -187,7 +187,7 @@ class _Preview:
     def __init__(
         self, recipe: GeneratorRecipe, engine: Engine, store: LatentStore, condition: Conditioner, tokenizer: TexTok, offline: bool
     ) -> None:
-        chosen = list(spread(len(store), recipe.training.grid_images))
+        chosen = evenly_spaced(len(store), recipe.training.grid_images)
         self.recipe, self.tokenizer = recipe, tokenizer
         self.condition: dict[str, Any] = condition(chosen)
         self.text = self.condition.get("cond")  # one embedding serves both

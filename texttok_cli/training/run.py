@@ -182,12 +182,6 @@ def history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
     return said | ({} if started_from is None else {"started_from_sha256": started_from})
 
 
-def spread(n: int, limit: int) -> Sequence[int]:
-    """`limit` of n indices, all if there are no more, evenly spread: a data set may be sorted."""
-    count = min(n, limit)
-    return [i * n // count for i in range(count)]
-
-
 def optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Flat name -> tensor; groups are not saved: the recipe rebuilds them and the rate is a function of the step."""
     return {

@@ -11,7 +11,7 @@ import torch
 from texttok_cli.checkpoint import ModelInfo, load_tokenizer_file
 from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
-from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, open_dataset
+from texttok_cli.data import Dataset, EvalBatch, TrainLoader, eval_batches, evenly_spaced, open_dataset
 from texttok_cli.errors import BackendError, RecipeError, TrainingError
 from texttok_cli.files import alone_in
 from texttok_cli.inference import find_model
@@ -23,7 +23,7 @@ from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_session import train_generator
 from texttok_cli.training.loop import Interrupted, train
 from texttok_cli.training.report import Reporter, is_first_process
-from texttok_cli.training.run import RunFolder, begin, check_start, history, spread
+from texttok_cli.training.run import RunFolder, begin, check_start, history
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
 WORKERS_END = 10  # seconds that loader workers of a killed run may take to see it, twice torch's
@@ -71,7 +71,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     )
 
     def ordered(dataset: Dataset, limit: int, batch_size: int = 64) -> Iterator[EvalBatch]:
-        chosen = spread(len(dataset), limit)
+        chosen = evenly_spaced(len(dataset), limit)
         return eval_batches(dataset, image_size=recipe.model.image_size, batch_size=batch_size, indices=chosen, on_error=report.skipped)
 
     def validate(step: int) -> dict[str, float]:
