@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.clip import DEFAULT_NAME, DEFAULT_WEIGHTS, HESSEL_PREFIX, ClipScorer, _as_trained
+from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer, _as_trained
 from texttok_cli.metrics.evaluator import Batch, Evaluator
+from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS
 
 open_clip = pytest.importorskip("open_clip")
 SMALL = {
@@ -158,7 +159,7 @@ def test_quick_gelu_is_that_of_the_published_weights(weights: Path) -> None:
 
 
 def test_the_default_is_the_network_clipscore_was_published_with_and_nothing_in_it_is_random(scorer: ClipScorer) -> None:
-    assert (DEFAULT_NAME, DEFAULT_WEIGHTS) == ("ViT-B-32-quickgelu", "openai")
+    assert (CLIP_NAME, CLIP_WEIGHTS) == ("ViT-B-32-quickgelu", "openai")
     assert not any(module.training for module in scorer.model.modules())
 
 

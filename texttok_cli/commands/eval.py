@@ -29,7 +29,7 @@ from texttok_cli.commands.options import (
 )
 from texttok_cli.config import Precision
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.protocols import NOTES, PROTOCOLS, Protocol, ProtocolName
+from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS, NOTES, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
     from texttok_cli.metrics.evaluator import Batch
@@ -58,8 +58,8 @@ def eval_(
     note: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=f"For the card: {', '.join(NOTES)}; repeatable.")] = None,
     resize: Annotated[Literal["tf1-bilinear", "clean", "legacy-pytorch"], typer.Option(help="To 299 pixels for FID.")] = "tf1-bilinear",
     inception: Annotated[Path | None, typer.Option(help="The whole Inception's file (for is, ris, gis), if not cached.")] = None,
-    clip: Annotated[str, typer.Option(help="open_clip's name of a CLIP.")] = "ViT-B-32-quickgelu",
-    clip_weights: Annotated[str, typer.Option(help="Its weights: a local file, or open_clip's tag.")] = "openai",
+    clip: Annotated[str, typer.Option(help="open_clip's name of a CLIP.")] = CLIP_NAME,
+    clip_weights: Annotated[str, typer.Option(help="Its weights: a local file, or open_clip's tag.")] = CLIP_WEIGHTS,
     save_stats: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples' statistics, as ADM's files.")] = None,
     save_samples: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples as an ADM batch.")] = None,
     compare: Annotated[list[Path] | None, typer.Option(help="Compare reports instead; repeatable.")] = None,

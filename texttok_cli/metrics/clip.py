@@ -16,9 +16,9 @@ from texttok_cli.assets import is_offline
 from texttok_cli.data.images import to_image
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
+from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS
 from texttok_cli.models.layers import exact_convolutions
 
-DEFAULT_NAME, DEFAULT_WEIGHTS = "ViT-B-32-quickgelu", "openai"  # the network CLIPScore was published with
 HESSEL_PREFIX = "A photo depicts "  # CLIPScore (Hessel et al., 2021) puts it before every caption
 
 
@@ -30,8 +30,8 @@ class ClipScorer:
 
     def __init__(
         self,
-        name: str = DEFAULT_NAME,
-        weights: str = DEFAULT_WEIGHTS,
+        name: str = CLIP_NAME,
+        weights: str = CLIP_WEIGHTS,
         *,
         device: torch.device | str = "cpu",
         offline: bool = False,

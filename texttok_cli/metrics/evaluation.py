@@ -7,10 +7,10 @@ from pathlib import Path
 
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.cards import declare, results_of
-from texttok_cli.metrics.clip import DEFAULT_NAME, DEFAULT_WEIGHTS, ClipScorer
+from texttok_cli.metrics.clip import ClipScorer
 from texttok_cli.metrics.evaluator import Evaluator
 from texttok_cli.metrics.passes import Job
-from texttok_cli.metrics.protocols import NOTES, PROTOCOLS, ProtocolName
+from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS, NOTES, PROTOCOLS, ProtocolName
 from texttok_cli.metrics.reconstructions import Autoencoder, open_reconstructions
 from texttok_cli.metrics.registry import check_names, uses_clip
 from texttok_cli.metrics.report import Report
@@ -37,8 +37,8 @@ def evaluate(
     notes: Mapping[str, str] | None = None,
     resize: Resize = "tf1-bilinear",
     inception: str | Path | None = None,
-    clip: str = DEFAULT_NAME,
-    clip_weights: str = DEFAULT_WEIGHTS,
+    clip: str = CLIP_NAME,
+    clip_weights: str = CLIP_WEIGHTS,
     batch_size: int = 32,
     device: str = "auto",
     offline: bool = False,

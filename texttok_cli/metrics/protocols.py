@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ProtocolName = Literal["recon", "adm-class", "t2i"]
+CLIP_NAME, CLIP_WEIGHTS = "ViT-B-32-quickgelu", "openai"  # the network CLIPScore was published with
 NOTES = ("labels", "seed", "sampler", "steps", "guidance")  # what a person may have to say of samples, for the card
 
 DECLARED = ", as the protocol has it"  # ends what a card says because a protocol was named, and nothing else shows
