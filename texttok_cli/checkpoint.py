@@ -165,6 +165,11 @@ def _latents_of(path: Path) -> list[str]:
         return []
 
 
+def read_generator_header(path: Path) -> GeneratorHeader:
+    """What a generator says of itself, without its weights. CheckpointError as `load_generator_file`."""
+    return _header(path, GeneratorHeader, "generator")[0]
+
+
 def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[DiT, GeneratorInfo]:
     """The generator in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole generator file."""
     header, infos = _header(path, GeneratorHeader, "generator")

@@ -108,7 +108,7 @@ def test_the_grid_of_one_run_of_images_is_as_square_as_can_be(
 def test_the_classes_are_listed(by_class: Run, by_text: Run) -> None:
     assert by_class("--list-classes").out.splitlines() == CLASSES
     assert json.loads(by_class("--list-classes", "--json").out) == {"classes": CLASSES}
-    assert "prompt: takes prompts, no classes" in by_text("--list-classes").err
+    assert "prompt.safetensors: names no classes" in by_text("--list-classes").err
 
 
 def test_samples_need_a_place(by_class: Run) -> None:

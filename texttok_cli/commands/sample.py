@@ -94,7 +94,7 @@ def sample(
     from texttok_cli.metrics.processes import Processes
 
     if list_classes:
-        _list_classes(load_generator(model or bundled_generator("class"), tokenizer=tokenizer, device="cpu", offline=offline), as_json=json)
+        _list_classes(model or bundled_generator("class"), offline=offline, as_json=json)
         return
     if out is None:
         raise typer.BadParameter("name the folder for the images", param_hint="'--out' / '-o'")
@@ -141,16 +141,18 @@ def sample(
         emit(_summary(generator, requests, folder, already), as_json=json)
 
 
-def _list_classes(generator: Generator, *, as_json: bool) -> None:
+def _list_classes(model: str, *, offline: bool, as_json: bool) -> None:
+    from texttok_cli.checkpoint import read_generator_header
     from texttok_cli.console import emit
+    from texttok_cli.inference import find_model
 
-    if generator.classes is None:
-        what = "takes prompts, no classes" if generator.num_classes is None else f"has ids, 0 to {generator.num_classes - 1}, and no names"
-        raise DataError(f"{generator.info.name}: {what}")
+    classes = read_generator_header(find_model(model, offline=offline)).classes
+    if classes is None:
+        raise DataError(f"{model}: names no classes: it takes prompts, or ids alone")
     if as_json:
-        emit({"classes": generator.classes}, as_json=True)
+        emit({"classes": classes}, as_json=True)
     else:
-        print("\n".join(generator.classes))
+        print("\n".join(classes))
 
 
 def _check_one_kind(options: Mapping[str, object | None]) -> None:
