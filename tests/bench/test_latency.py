@@ -14,16 +14,18 @@ from texttok_cli.bench.latency import PARTS, Part, sums
 from texttok_cli.bench.networks import (
     DoesNotFit,
     Where,
+    Workload,
     check_fits,
     grid_generator_config,
     materialize,
     rows_of,
+    sd_vae_work,
     tokenizer_config,
     weights_bytes,
 )
 from texttok_cli.bench.plain import plain_reconstruct
 from texttok_cli.bench.results import Row, Target
-from texttok_cli.bench.task import Task, Workload
+from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Timer, spread_of
 from texttok_cli.commands.bench import PART_NAMES
 from texttok_cli.config.loader import load_recipe
@@ -245,7 +247,7 @@ def test_sd_vae_has_its_size_and_shapes() -> None:
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
     assert weights_bytes(untrained_sd_vae, 1) == pytest.approx(83.65e6, rel=0.001)  # 84 M, Table 2
-    assert generate.sd_vae_work("decode", 64, CPU)(1)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]
+    assert sd_vae_work("decode", 64, CPU)(1)().shape == (1, 3, 64, 64)  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("tiny")

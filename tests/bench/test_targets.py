@@ -146,9 +146,9 @@ def test_generation_at_equal_steps_is_of_one_image_from_the_first_step_to_its_pi
     monkeypatch.setattr(targets, "untrained_dit", lambda cfg, where: cfg.latents.kind)
     monkeypatch.setattr(targets, "guided_sampling", lambda kind, batch, how, where: {"tokens": 2, "grid": 20}[kind] * batch * how.steps)
     monkeypatch.setattr(targets, "sd_vae_work", lambda part, size, where: lambda batch: 11 * batch)
-    monkeypatch.setattr(targets, "materialize", lambda build, where, precision: None)
     decoded = {"cpu": 3, "meta": 32}[device]  # 4,096 rows of matrices are 3 images
-    found = reached(targets._equal_steps, Clockwork(cost=lambda work: 3 * decoded if callable(work) else work), device)
+    monkeypatch.setattr(targets, "texttok_work", lambda half, cfg, where: {decoded: 3 * decoded}.__getitem__)
+    found = reached(targets._equal_steps, Clockwork(cost=lambda work: work), device)
     theirs, begin = 250 * 20 + 11, "TexTok-32 + DiT-XL over SD-VAE + DiT-XL/2, "
     assert found[f"{begin}250 steps each"].reached == pytest.approx(theirs / (250 * 2 + 3))
     assert found[f"{begin}50 steps against 250"].reached == pytest.approx(theirs / (50 * 2 + 3))

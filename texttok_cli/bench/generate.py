@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch.nn.attention import sdpa_kernel
 
 from texttok_cli.bench.networks import (
     Where,
+    Workload,
     check_fits,
     forward_bytes,
     generator_config,
@@ -24,7 +24,7 @@ from texttok_cli.bench.networks import (
 )
 from texttok_cli.bench.paper import SD_VAE
 from texttok_cli.bench.results import Row
-from texttok_cli.bench.task import Task, Workload, joined
+from texttok_cli.bench.task import Task, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig
 from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
 from texttok_cli.models.dit import DiT
@@ -92,13 +92,7 @@ def guided_forward(dit: DiT, batch: int, where: Where) -> Workload:
     both = torch.cat([class_ids, torch.full_like(class_ids, _num_classes(dit))])
     x = torch.randn(2 * batch, *dit.latent_shape, device=where.device)
     t = torch.full((2 * batch,), 500, device=where.device)
-
-    @torch.inference_mode()
-    def forward() -> object:
-        with where.autocast():
-            return dit(x, t, both)
-
-    return forward
+    return where.inference(lambda: dit(x, t, both))
 
 
 def captured(work: Workload) -> Workload:
@@ -118,23 +112,3 @@ def _classes(dit: DiT, batch: int, where: Where) -> torch.Tensor:
 def _num_classes(dit: DiT) -> int:
     assert isinstance(dit.cfg.condition, ClassLabels)
     return dit.cfg.condition.num_classes
-
-
-def sd_vae_work(part: Literal["encode", "decode"], image_size: int, where: Where) -> Callable[[int], Workload]:
-    """SD-VAE, and by the number of images what a half of it does. BackendError without diffusers."""
-    from texttok_cli.baselines.sd_vae import untrained_sd_vae
-
-    model: Any = materialize(untrained_sd_vae, where)
-
-    def work(batch: int) -> Workload:
-        images = torch.rand(batch, 3, image_size, image_size, device=where.device) * 2 - 1
-        z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
-
-        @torch.inference_mode()
-        def run() -> object:
-            with where.autocast():
-                return model.encode(images).latent_dist.mode() if part == "encode" else model.decode(z).sample
-
-        return run
-
-    return work

@@ -13,26 +13,29 @@ import torch
 from PIL import Image
 from torch import nn
 
-from texttok_cli.bench.generate import asked_sampling, generation_rows, sd_vae_work
+from texttok_cli.bench.generate import asked_sampling, generation_rows
 from texttok_cli.bench.networks import (
     PATCH_OF_SIZE,
     SAMPLE_SIDE,
     T5_OF_SIZE,
     T5_WIDTH,
     TEXT_TOKENS,
+    Half,
     Kind,
+    Workload,
     convolution_bytes,
     forward_bytes,
     generator_config,
     materialize,
     rows_of,
-    text_states,
+    sd_vae_work,
+    texttok_work,
     tokenizer_config,
     weights_bytes,
 )
 from texttok_cli.bench.paper import SD_VAE
 from texttok_cli.bench.results import Row
-from texttok_cli.bench.task import Task, Workload
+from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import spread_of
 from texttok_cli.bench.training import loader_work, recipes, training_rows
 from texttok_cli.data import SAMPLE_SET, eval_batches, open_dataset, to_image
@@ -92,7 +95,7 @@ def _text(task: Task) -> Iterator[Row]:
         yield from task.time_batches(row, TEXT_TOKENS, weights_bytes(network, 2), activations, build)
 
 
-def _tokenizer(part: Literal["encode", "decode"]) -> Callable[[Task], Iterator[Row]]:
+def _tokenizer(part: Half) -> Callable[[Task], Iterator[Row]]:
     def rows(task: Task) -> Iterator[Row]:
         for size, tokens, kind in product(task.image_sizes, task.tokens, KINDS):
             yield from _texttok(task, part, kind, tokens, size)
@@ -102,7 +105,7 @@ def _tokenizer(part: Literal["encode", "decode"]) -> Callable[[Task], Iterator[R
     return rows
 
 
-def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: int, size: int) -> Iterator[Row]:
+def _texttok(task: Task, part: Half, kind: Kind, tokens: int, size: int) -> Iterator[Row]:
     cfg, where = tokenizer_config(kind, tokens, size), task.where
     row = Row(
         part=part, system=f"{kind}-{tokens}", image_size=size, tokens=tokens, note=f"patch {PATCH_OF_SIZE[size]}, {rows_of(cfg)} tokens"
@@ -111,27 +114,11 @@ def _texttok(task: Task, part: Literal["encode", "decode"], kind: Kind, tokens: 
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows_of(cfg), cfg.backbone.width, where.element)
 
-    def build() -> Callable[[int], Workload]:
-        model = materialize(lambda: TexTok(cfg), where, where.precision)
-
-        def work(batch: int) -> Workload:
-            cond = text_states(cfg, batch, where)
-            images = torch.rand(batch, 3, size, size, device=where.device) * 2 - 1
-            z = torch.randn(batch, tokens, cfg.latent_dim, device=where.device)
-
-            @torch.inference_mode()
-            def run() -> object:
-                with where.autocast():
-                    return model.encode(images, cond) if part == "encode" else model.decode(z, cond)
-
-            return run
-
-        return work
-
-    yield from task.time_batches(row, rows_of(cfg), weights_bytes(lambda: TexTok(cfg), 4), activations, build)
+    weights = weights_bytes(lambda: TexTok(cfg), 4)
+    yield from task.time_batches(row, rows_of(cfg), weights, activations, partial(texttok_work, part, cfg, where))
 
 
-def _sd_vae(task: Task, part: Literal["encode", "decode"], size: int) -> Iterator[Row]:
+def _sd_vae(task: Task, part: Half, size: int) -> Iterator[Row]:
     from texttok_cli.baselines.sd_vae import untrained_sd_vae
 
     row = Row(part=part, system=SD_VAE, image_size=size, tokens=(size // 8) ** 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.layers import in_precision
+from texttok_cli.models.tokenizer import TexTok
 
 T5_OF_SIZE = {256: "XL", 512: "XXL"}  # Sec. 4.1
 T5_WIDTH = {"XL": 2048, "XXL": 4096}
@@ -27,6 +28,8 @@ RESERVE = 1e9  # bytes that the rest of the program and of the machine may want 
 
 Network = TypeVar("Network", bound=nn.Module)
 Kind = Literal["TexTok", "Baseline"]
+Half = Literal["encode", "decode"]
+Workload = Callable[[], object]
 
 
 class DoesNotFit(Exception):
@@ -43,6 +46,16 @@ class Where:
     def autocast(self) -> torch.autocast:
         """The context in which models compute."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def inference(self, work: Workload) -> Workload:
+        """The work as models are run: in the precision, without gradients."""
+
+        @torch.inference_mode()
+        def run() -> object:
+            with self.autocast():
+                return work()
+
+        return run
 
     @property
     def element(self) -> int:
@@ -129,3 +142,30 @@ def _fill(tensor: Tensor) -> None:
     for start in range(0, len(flat), len(values)):
         part = flat[start : start + len(values)]
         part.copy_(values[: len(part)])
+
+
+def texttok_work(half: Half, cfg: TokenizerConfig, where: Where) -> Callable[[int], Workload]:
+    """A tokenizer of ours, and by the number of images what a half of it does."""
+    model = materialize(lambda: TexTok(cfg), where, where.precision)
+
+    def work(batch: int) -> Workload:
+        cond = text_states(cfg, batch, where)
+        images = torch.rand(batch, 3, cfg.image_size, cfg.image_size, device=where.device) * 2 - 1
+        z = torch.randn(batch, cfg.num_tokens, cfg.latent_dim, device=where.device)
+        return where.inference(lambda: model.encode(images, cond) if half == "encode" else model.decode(z, cond))
+
+    return work
+
+
+def sd_vae_work(half: Half, image_size: int, where: Where) -> Callable[[int], Workload]:
+    """SD-VAE, and by the number of images what a half of it does. BackendError without diffusers."""
+    from texttok_cli.baselines.sd_vae import untrained_sd_vae
+
+    model: Any = materialize(untrained_sd_vae, where)
+
+    def work(batch: int) -> Workload:
+        images = torch.rand(batch, 3, image_size, image_size, device=where.device) * 2 - 1
+        z = torch.randn(batch, 4, image_size // 8, image_size // 8, device=where.device)
+        return where.inference(lambda: model.encode(images).latent_dist.mode() if half == "encode" else model.decode(z).sample)
+
+    return work

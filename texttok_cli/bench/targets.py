@@ -13,23 +13,26 @@ from statistics import median
 
 import torch
 
-from texttok_cli.bench.generate import MEASURED_STEPS, captured, guided_forward, guided_sampling, sd_vae_work, untrained_dit
+from texttok_cli.bench.generate import MEASURED_STEPS, captured, guided_forward, guided_sampling, untrained_dit
 from texttok_cli.bench.machine import block_products, products
 from texttok_cli.bench.networks import (
     SAMPLE_SIDE,
     DoesNotFit,
+    Workload,
     check_fits,
     generator_config,
     grid_generator_config,
     materialize,
     rows_of,
+    sd_vae_work,
     text_states,
+    texttok_work,
     tokenizer_config,
 )
 from texttok_cli.bench.plain import plain_reconstruct
 from texttok_cli.bench.program import memory, start
 from texttok_cli.bench.results import Target
-from texttok_cli.bench.task import Task, Workload
+from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import bare_step, loader_work, timed_recipe, training_step
 from texttok_cli.config.loader import load_recipe
@@ -81,12 +84,10 @@ def _tokenizer(task: Task) -> Iterator[Target]:
     encode, decode = model.encode, model.decode
     if not cpu:
         encode, decode = torch.compile(encode, dynamic=False), torch.compile(decode, dynamic=False)
-
-    def ours() -> object:
-        with torch.inference_mode(), where.autocast():
-            return decode(encode(images, cond).z, cond)
-
-    works: dict[str, Workload] = {"ours": ours, "plain fp32": lambda: plain_reconstruct(plain, images, cond)}
+    works: dict[str, Workload] = {
+        "ours": where.inference(lambda: decode(encode(images, cond).z, cond)),
+        "plain fp32": lambda: plain_reconstruct(plain, images, cond),
+    }
     flops = {"ours": batch * count_flops(cfg)[1]}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         works[name], flops[name] = products(block_products(batch * rows_of(cfg), cfg.backbone.width), dtype, where.device)
@@ -167,14 +168,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
 def _decode_seconds(timer: Timer, task: Task, size: int) -> float:
     cfg, where = tokenizer_config("TexTok", 32, size), task.where
     batch = task.part_of(32, rows_of(cfg))
-    model = materialize(lambda: TexTok(cfg), where, where.precision)
-    cond, z = text_states(cfg, batch, where), torch.randn(batch, 32, cfg.latent_dim, device=where.device)
-
-    def decode() -> object:
-        with torch.inference_mode(), where.autocast():
-            return model.decode(z, cond)
-
-    return timer.measure(decode).median / batch
+    return timer.measure(texttok_work("decode", cfg, where)(batch)).median / batch
 
 
 # ------------------------------------------------------------------ training

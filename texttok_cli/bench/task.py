@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from texttok_cli.bench.networks import DoesNotFit, Where, check_fits
+from texttok_cli.bench.networks import DoesNotFit, Where, Workload, check_fits
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.timing import Timer
 
 # On a CPU time is proportional to the rows of the matrices once there are some thousands: a part of a longer batch is run.
 MAX_CPU_ROWS = 4096
-Workload = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Letters: B batch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from texttok_cli.bench.networks import DoesNotFit, Where, check_fits, rows_of, weights_bytes
+from texttok_cli.bench.networks import DoesNotFit, Where, Workload, check_fits, rows_of, weights_bytes
 from texttok_cli.bench.results import Row
-from texttok_cli.bench.task import Task, Workload, joined
+from texttok_cli.bench.task import Task, joined
 from texttok_cli.config.loader import AnyRecipe, load_recipe
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, TextCondition, TokenizerConfig, Transformer
@@ -103,7 +103,18 @@ def training_step(recipe: AnyRecipe, folder: Path, where: Where) -> Workload:
 def bare_step(recipe: AnyRecipe, where: Where) -> Workload:
     """Forward, backward and optimizer of an equal model: of a tokenizer by l2 alone on the same images and text, compiled if the recipe
     says so; of a generator on latents, classes, times and noise that are known beforehand."""
-    return _bare_generator_step(recipe, where) if isinstance(recipe, GeneratorRecipe) else _bare_tokenizer_step(recipe, where)
+    model, loss = _generator_loss(recipe, where) if isinstance(recipe, GeneratorRecipe) else _tokenizer_loss(recipe, where)
+    optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
 
 
 def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Workload:
@@ -114,25 +125,19 @@ def _tokenizer_step(recipe: TokenizerRecipe, folder: Path, where: Where) -> Work
     return lambda: task.step(whole, next(steps))
 
 
-def _bare_tokenizer_step(recipe: TokenizerRecipe, where: Where) -> Workload:
+def _tokenizer_loss(recipe: TokenizerRecipe, where: Where) -> tuple[TexTok, Callable[[], Tensor]]:
     images, cond = _random_batch(recipe, where)
     torch.manual_seed(recipe.training.seed)  # as the task's
     model = TexTok(recipe.model).to(where.device)
-    optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
     network = torch.compile(model, dynamic=False) if recipe.training.compile else model
 
-    def step() -> Tensor:
+    def loss() -> Tensor:
         x = normalize(images.to(where.device))
         with where.autocast():
             output, _ = network(x, cond)
-        loss = l2((x + 1) / 2, (output.float() + 1) / 2)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return l2((x + 1) / 2, (output.float() + 1) / 2)
 
-    return step
+    return model, loss
 
 
 def _random_batch(recipe: TokenizerRecipe, where: Where) -> tuple[Tensor, Condition | None]:
@@ -164,12 +169,11 @@ def _generator_step(recipe: GeneratorRecipe, folder: Path, where: Where) -> Work
     return lambda: task.step(next(batches), next(steps))
 
 
-def _bare_generator_step(recipe: GeneratorRecipe, where: Where) -> Workload:
+def _generator_loss(recipe: GeneratorRecipe, where: Where) -> tuple[DiT, Callable[[], Tensor]]:
     x0, class_ids = _random_latents(recipe, recipe.training.batch_size, where)
     x0 = x0.to(where.device)
     torch.manual_seed(recipe.training.seed)  # as the task's
     model, process = DiT(recipe.model).to(where.device), build_process(recipe.model.process)
-    optimizers = build_optimizers(list(model.parameters()), model.block_matrices(), recipe.optimizer)
     t, noise = process.sample_times(len(x0), torch.Generator(where.device).manual_seed(0)), torch.randn_like(x0)
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
@@ -177,15 +181,10 @@ def _bare_generator_step(recipe: GeneratorRecipe, where: Where) -> Workload:
             output: Tensor = model(x, time, class_ids)
         return output
 
-    def step() -> Tensor:
-        loss = torch.stack([values.mean() for values in process.training_loss(predict, x0, t, noise).values()]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def loss() -> Tensor:
+        return torch.stack([values.mean() for values in process.training_loss(predict, x0, t, noise).values()]).sum()
 
-    return step
+    return model, loss
 
 
 def _random_latents(recipe: GeneratorRecipe, count: int, where: Where) -> tuple[Tensor, Tensor]:
