@@ -182,15 +182,22 @@ def load_safetensors(path: Path, *, error: type[TextTokError]) -> tuple[dict[str
         raise error(f"{path}: not a safetensors file: {' '.join(str(err).split())}") from None
 
 
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """The object of a JSON text, or None if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_json_object(path: Path, *, kind: str, error: type[TextTokError]) -> dict[str, Any]:
     """A file's JSON object. `error`, one line that says what `kind` of file was wanted, for anything else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
+        value = json_object(path.read_bytes())
     except OSError as err:
         raise error(f"{path}: {err.strerror}") from None
-    if not isinstance(value, dict):
+    if value is None:
         raise error(f"{path}: not a {kind} (no JSON object)")
     return value
 

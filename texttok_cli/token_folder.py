@@ -18,7 +18,7 @@ from torch import Tensor
 
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import TokenFileError
-from texttok_cli.files import parse_header, sha256_file, write_json
+from texttok_cli.files import json_object, parse_header, sha256_file, write_json
 from texttok_cli.tokens import (
     FORMAT,
     MAX_IMAGES,
@@ -253,11 +253,8 @@ def read_index(folder: Path) -> TokenIndex:
     path = folder / "index.json"
     if not path.is_file():
         raise TokenFileError(f"{folder}: not a folder of tokens (no index.json)")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+    value = json_object(path.read_bytes())
+    if value is None:
         raise TokenFileError(f"{path}: damaged: not a JSON object; delete it and encode again")
     if value.get("texttok_index") == 1:
         value["texttok_index"] = FORMAT  # it has nothing of what came with 2, and is not known to be complete

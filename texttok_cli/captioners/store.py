@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from texttok_cli.data.listings import json_or_none
 from texttok_cli.errors import DataError
-from texttok_cli.files import claim, naming
+from texttok_cli.files import claim, json_object, naming
 
 
 class CaptionLines:
@@ -85,5 +84,4 @@ def drop_cut_line(path: Path) -> bool:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    row = json_or_none(line.decode("utf-8", "replace"))
-    return row if isinstance(row, dict) else None
+    return json_object(line.decode("utf-8", "replace"))

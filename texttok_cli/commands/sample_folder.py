@@ -23,7 +23,7 @@ from PIL import Image
 
 from texttok_cli.data import to_image, to_tensor
 from texttok_cli.errors import DataError
-from texttok_cli.files import atomic_path, check_can_be_folder, write_json
+from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
 from texttok_cli.metrics.sources import NpzImages, NpzWriter
 
 if TYPE_CHECKING:
@@ -97,11 +97,8 @@ class SampleFolder:
             if self.images.exists() or self.npz.exists():
                 raise DataError(f"{self.path}: holds images that are not known to be of this run (no settings.json): choose another -o OUT")
             return
-        try:
-            found = json.loads(self._settings_file.read_bytes())
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+        found = json_object(self._settings_file.read_bytes())
+        if found is None:
             raise DataError(f"{self._settings_file}: damaged; choose another -o OUT")
         found.setdefault("device", self.settings.get("device"))  # older folders do not say it
         for key in self.settings | found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
 from texttok_cli.errors import DataError
+from texttok_cli.files import json_object
 
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".jp2", ".raw", ".dng"}  # images, but not for us
 IMAGES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
@@ -110,7 +110,7 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
         if fault:
             yield Skipped(where, fault)
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
+        if row is None or not isinstance(row.get("image"), str) or not row["image"]:
             yield Skipped(where, "no 'image' in this line")
             continue
         image = path.parent / row["image"]
@@ -177,14 +177,6 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def json_or_none(text: str) -> Any:
-    """The value of a JSON text, or None if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
     """A captions.jsonl: (id, caption) line by line. DataError for a file that is not there or a line that can't be read."""
     if not path.is_file():
@@ -192,7 +184,8 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, row, fault in _rows(path):
         if fault:
             raise DataError(f"{path}:{number}: {fault}")
-        key = row.get("id", row.get("image")) if isinstance(row, dict) else None
+        row = row or {}
+        key = row.get("id", row.get("image"))
         if isinstance(key, int):
             key = str(key)
         if not isinstance(key, str) or not isinstance(row.get("caption"), str):
@@ -203,8 +196,8 @@ def caption_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield key, row["caption"]
 
 
-def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, Any, str]]:
-    """(line number, row, what is wrong with it) of a .csv or else .jsonl; an unreadable JSON line is the row None."""
+def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """(line number, row, what is wrong with it) of a .csv or else .jsonl; a line that is no JSON object is the row None."""
     try:
         with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
             if path.suffix.lower() == ".csv":
@@ -212,12 +205,12 @@ def _rows(path: Path, *, errors: str = "strict") -> Iterator[tuple[int, Any, str
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield number, json_or_none(line), ""
+                        yield number, json_object(line), ""
     except (UnicodeDecodeError, csv.Error) as err:
         raise DataError(f"{path}: not readable as text: {err}") from None
 
 
-def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any, str]]:
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any], str]]:
     reader = csv.DictReader(file, skipinitialspace=True)
     reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
     if "image" not in columns:

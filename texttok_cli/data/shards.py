@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
-from texttok_cli.data.listings import FOREIGN_SUFFIXES, IMAGES, foreign, is_utf8, json_or_none
+from texttok_cli.data.listings import FOREIGN_SUFFIXES, IMAGES, foreign, is_utf8
+from texttok_cli.files import json_object
 
 TEXT_SUFFIXES = {".json", ".txt", ".cls"}
 MAX_TEXT_BYTES = 1 << 20
@@ -33,14 +34,14 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
     last = next(reversed(index.images), None)
     for key, member in index.images.items():
         texts = index.texts.get(key, {})
-        info = json_or_none(texts.get(".json", "{}"))
+        info = json_object(texts.get(".json", "{}"))
         if not is_utf8(key):
             yield Skipped(ascii(key), f"its name in {path.name} is not UTF-8; rename it")
         elif member.offset_data + member.size > size:
             yield Skipped(key, f"{path.name} is cut short within this image")
         elif index.broken and not texts and (index.texts or key == last):
             yield Skipped(key, f"{path.name} is cut short after this image, where its caption may have been")
-        elif not isinstance(info, dict):
+        elif info is None:
             yield Skipped(key, f"its .json in {path.name} is damaged")
         elif not isinstance(info.get("class"), str | int | None):
             yield Skipped(key, f"its class in {path.name} must be text")

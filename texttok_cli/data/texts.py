@@ -9,9 +9,9 @@ from pathlib import Path
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data.items import Item
 from texttok_cli.data.labels import class_text
-from texttok_cli.data.listings import is_utf8, json_or_none
+from texttok_cli.data.listings import is_utf8
 from texttok_cli.errors import DataError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import json_object, sha256_file
 
 NO_CAPTION_HELP = (
     "this model is conditioned on text: give --caption or --captions, make captions with `texttok caption`,"
@@ -61,8 +61,8 @@ class UnseenCaptions:
         self.path = path
         self._of: dict[str, list[str]] = {}
         for where, line in _lines(path):
-            row = json_or_none(line)
-            name, caption = (row.get("class"), row.get("caption")) if isinstance(row, dict) else (None, None)
+            row = json_object(line) or {}
+            name, caption = row.get("class"), row.get("caption")
             if not isinstance(name, str) or not isinstance(caption, str) or not caption:
                 raise DataError(f"{where}: not a line of the form " + '{"class": ..., "caption": ...}')
             if not is_utf8(caption):
@@ -83,8 +83,8 @@ def read_prompts(path: Path) -> list[str]:
     """One a line; of a .jsonl file the `caption` of each line. DataError for a file without any and a line that can't be read."""
     prompts = []
     for where, line in _lines(path):
-        row = json_or_none(line) if path.suffix.lower() == ".jsonl" else {"caption": line.strip()}
-        if not isinstance(row, dict) or not isinstance(row.get("caption"), str):
+        row = json_object(line) if path.suffix.lower() == ".jsonl" else {"caption": line.strip()}
+        if row is None or not isinstance(row.get("caption"), str):
             raise DataError(f"{where}: not a line of the form " + '{"caption": ...}')
         prompts.append(row["caption"])
     if not prompts:

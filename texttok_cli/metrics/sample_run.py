@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texttok_cli.errors import DataError
+from texttok_cli.files import json_object
 from texttok_cli.metrics.protocols import NOT_CHECKED, REFERENCE_CAPTIONS
 
 RUN_SETTINGS, RUN_LINES = "settings.json", "samples.jsonl"
@@ -110,7 +111,7 @@ def _as_listed(classes: Sequence[int], prompts: Sequence[str]) -> str | None:
 def _run_settings(folder: Path) -> dict[str, Any] | None:
     """Of `texttok sample`; None where there are none, or those of some other program."""
     try:
-        settings = json.loads((folder / RUN_SETTINGS).read_bytes())
-    except (OSError, ValueError):
+        settings = json_object((folder / RUN_SETTINGS).read_bytes())
+    except OSError:
         return None
-    return settings if isinstance(settings, dict) and "generator_sha256" in settings else None
+    return settings if settings is not None and "generator_sha256" in settings else None
