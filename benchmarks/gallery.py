@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from texttok_cli import load_tokenizer
-from texttok_cli.data import center_crop, load_image, to_image, to_tensor
-from texttok_cli.files import atomic_path
+from texttok_cli.data import center_crop, load_image, save_png, to_image, to_tensor
 from texttok_cli.metrics.image import psnr
 
 HERE = Path(__file__).parent
@@ -38,8 +37,7 @@ def main() -> None:
         print(f"{name}: {a:.2f} dB with text, {b:.2f} dB without")
     rows = [torch.cat(list(row), dim=2) for row in (originals, with_text, without)]  # (3, S, 4S) each
     picture = to_image(torch.cat(rows, dim=1))
-    with atomic_path(out) as temporary:
-        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(temporary, format="PNG")
+    save_png(out, picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST))
 
 
 if __name__ == "__main__":

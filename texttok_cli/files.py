@@ -101,10 +101,15 @@ def check_can_be_folder(path: Path, *, else_name: str) -> None:
         raise DataError(f"{file}: is a file, but -o needs a folder; choose another path{else_name}")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically; a file's name in it may be no UTF-8, which is then escaped."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sha256_file(path: Path) -> str:

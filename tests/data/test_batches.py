@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from texttok_cli.data import Dataset, TrainLoader, center_crop, eval_batches, load_image, open_dataset, to_tensor
+from texttok_cli.data import Dataset, TrainLoader, center_crop, eval_batches, evenly_spaced, load_image, open_dataset, to_tensor
 from texttok_cli.data.loader import Batch, SampleStream
 
 SIDE = 16
@@ -107,3 +107,8 @@ def test_one_pass_is_in_order_and_leaves_out_what_is_damaged_or_not_wanted(make_
     assert name == "02.png" and why.startswith("damaged")
     [chosen] = eval_batches(dataset, image_size=SIDE, batch_size=3, on_error=lambda *_: None, indices=[7, 0, 3])
     assert chosen.indices.tolist() == [7, 0, 3]
+
+
+def test_some_of_many_are_taken_at_even_distances():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 4) == [0, 1, 2]

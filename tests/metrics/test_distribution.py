@@ -15,7 +15,7 @@ from texttok_cli.metrics.distribution import (
     precision_recall,
 )
 from texttok_cli.metrics.evidence import Evidence, Side
-from texttok_cli.metrics.registry import METRICS, evenly
+from texttok_cli.metrics.registry import METRICS
 
 
 def features(n: int, dim: int = 16, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -130,8 +130,3 @@ def test_precision_recall_of_real_photographs(real_features: torch.Tensor) -> No
 def test_too_few_for_neighbours() -> None:
     with pytest.raises(ValueError, match="3 neighbours can't be found among 3"):
         precision_recall(features(3), features(10))
-
-
-def test_references_are_taken_at_even_distances() -> None:
-    assert evenly(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
-    assert evenly(torch.arange(3), 4).tolist() == [0, 1, 2]

@@ -14,7 +14,7 @@ from texttok_cli.bench.plots import plot_rfid, plot_tradeoff
 from texttok_cli.bench.results import KEY, LatencyResult, Row, Target, TradeoffResult, parse_result
 from texttok_cli.bench.tradeoff import summarize, text_gain
 from texttok_cli.errors import DataError
-from texttok_cli.files import atomic_path, read_json_object
+from texttok_cli.files import read_json_object, write_text
 from texttok_cli.metrics.report import MUST_AGREE, Report, Result, load_report
 
 Curves = dict[str, dict[int, list[float]]]  # rFIDs by number of tokens, for each kind of model
@@ -103,8 +103,7 @@ def write_report(found: Found, out: Path) -> list[Path]:
         raise DataError("no results to report: give JSON files of `texttok bench latency`, `texttok bench tradeoff` or `texttok eval -o`")
     pages = {"report.md": markdown(tables), "report.html": page(tables)}
     for name, text in pages.items():
-        with atomic_path(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a folder's name that is no UTF-8
+        write_text(out / name, text)
     pictures = [table.picture.with_suffix(suffix) for table in tables if table.picture for suffix in (".png", ".svg")]
     return [*(out / name for name in pages), *pictures]
 

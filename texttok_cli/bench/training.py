@@ -26,7 +26,7 @@ from texttok_cli.diffusion import build_process
 from texttok_cli.losses import l2
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
-from texttok_cli.models.layers import fused_is_faster
+from texttok_cli.models.layers import DTYPES, fused_is_faster
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.token_folder import Statistics
 from texttok_cli.training.engine import Engine
@@ -81,8 +81,7 @@ def step_bytes(cfg: TokenizerConfig | GeneratorConfig, batch: int, *, where: Whe
 def kept_bytes(backbone: Transformer, batch: int, rows: int, where: Where) -> float:
     """Upper estimate of what a transformer keeps for its backward pass: 40 vectors a token and block, and the attention weights where a
     CPU writes attention out."""
-    dtype = torch.bfloat16 if where.precision == "bf16" else torch.float32
-    fused = where.device.type != "cpu" or fused_is_faster(dtype, rows, rows, training=True)
+    fused = where.device.type != "cpu" or fused_is_faster(DTYPES[where.precision], rows, rows, training=True)
     vectors = 40 * rows * backbone.width * where.element
     attention = 0 if fused else backbone.heads * rows**2 * (4 + 2 * where.element)
     return backbone.depth * batch * (vectors + attention)

@@ -153,6 +153,6 @@ class Settings:
         return pick_device(self.device)
 
     def _dtype(self) -> torch.dtype:
-        import torch
+        from texttok_cli.models.layers import DTYPES
 
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]

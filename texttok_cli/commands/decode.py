@@ -166,14 +166,13 @@ class _Target:
 
         DataError rather than over another image of this run, or over the file that was encoded.
         """
-        from texttok_cli.data import to_image
-        from texttok_cli.files import atomic_path, sha256_file
+        from texttok_cli.data import save_png, to_image
+        from texttok_cli.files import sha256_file
 
         path = self._claim(source, name)
         if path.is_file() and sha256_file(path) == input_sha256:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
-        with atomic_path(path) as temporary:
-            to_image(image).save(temporary, format="PNG")
+        save_png(path, to_image(image))
 
     def _claim(self, source: Path, name: str) -> Path:
         path = self._path(source, name)

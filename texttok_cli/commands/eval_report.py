@@ -125,11 +125,9 @@ def print_table(names: Sequence[str], rows: Sequence[MetricComparison]) -> None:
 def write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:
     """The HTML page of some reports of one model each, written atomically."""
     from texttok_cli.bench.eval_page import eval_page
-    from texttok_cli.files import atomic_path
+    from texttok_cli.files import write_text
 
-    with atomic_path(path) as temporary:
-        page = eval_page(names, reports, examples)
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # of a folder's name that is no UTF-8
+    write_text(path, eval_page(names, reports, examples))
 
 
 def _name(report: Report) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from texttok_cli.data import to_image, to_tensor
+from texttok_cli.data import save_png, to_image, to_tensor
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
 from texttok_cli.metrics.sources import NpzImages, NpzWriter
@@ -58,7 +58,7 @@ class SampleFolder:
         if not self.begun:
             write_json(self._settings_file, self.settings)
         with ThreadPoolExecutor(SAVERS) as savers:
-            list(savers.map(_save_png, map(self.image, numbers), images))
+            list(savers.map(save_png, map(self.image, numbers), map(to_image, images)))
         self._there.update(numbers)
 
     @property
@@ -124,8 +124,7 @@ class SampleFolder:
         grid = Image.new("RGB", (columns * size, math.ceil(len(images) / columns) * size), "white")
         for i, image in enumerate(images):
             grid.paste(image, (i % columns * size, i // columns * size))
-        with atomic_path(self.grid) as temporary:
-            grid.save(temporary, format="PNG")
+        save_png(self.grid, grid)
 
     def _write_npz(self, labels: Sequence[int] | None) -> None:
         size = Image.open(self.image(0)).width
@@ -146,11 +145,6 @@ def _is_whole(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def _save_png(path: Path, image: Tensor) -> None:
-    with atomic_path(path) as temporary:
-        to_image(image).save(temporary, format="PNG")
 
 
 def _short(value: object) -> str:

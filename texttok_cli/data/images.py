@@ -6,6 +6,7 @@ import io
 import struct
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from texttok_cli.errors import DataError
+from texttok_cli.files import atomic_path
 
 MAX_PIXELS = 100_000_000  # refused from the header, before anything is decoded
 
@@ -127,6 +129,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_image(pixels: Tensor) -> Image.Image:
     """The inverse of `to_tensor`, of pixels on any device."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a PNG file, atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def normalize(images: Tensor) -> Tensor:

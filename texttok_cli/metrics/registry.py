@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from texttok_cli.data import evenly_spaced
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.distribution import (
     ADM_REFERENCE_LIMIT,
@@ -77,17 +77,12 @@ def _inception_score(
 def _precision_recall(which: int) -> Callable[[Evidence], Score]:
     def compute(found: Evidence) -> Score:
         if found.manifolds is None:
-            references = evenly(found.references.rows["features"].in_order(), ADM_REFERENCE_LIMIT)
-            found.manifolds = precision_recall(found.samples.rows["features"].in_order(), references)
+            references = found.references.rows["features"].in_order()
+            chosen = references[evenly_spaced(len(references), ADM_REFERENCE_LIMIT)]
+            found.manifolds = precision_recall(found.samples.rows["features"].in_order(), chosen)
         return found.manifolds[which], None
 
     return compute
-
-
-def evenly(rows: Tensor, limit: int) -> Tensor:
-    """At most `limit` of the rows (n, ...), at even distances."""
-    n = len(rows)
-    return rows if n <= limit else rows[torch.arange(limit) * n // limit]
 
 
 def _manifold(what: str, which: int) -> Metric:

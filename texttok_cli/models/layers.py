@@ -18,6 +18,7 @@ from texttok_cli.config import Precision
 from texttok_cli.config.schema import Transformer
 
 Model = TypeVar("Model", bound=nn.Module)
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALL = slice(None)
 CACHED_SCORES = 2**19  # attention scores that a core's cache holds beside their operands
 AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, T5Config, T5EncoderModel
 from texttok_cli.assets import is_offline
 from texttok_cli.config.schema import TextEncoderConfig
 from texttok_cli.errors import BackendError
-from texttok_cli.text.transformer import DTYPES, TransformerEncoder
+from texttok_cli.models.layers import DTYPES
+from texttok_cli.text.transformer import TransformerEncoder
 
 
 class _States(nn.Module):

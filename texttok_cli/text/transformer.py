@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from texttok_cli.config.schema import TextEncoderConfig
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.layers import DTYPES
 from texttok_cli.text.base import padded_length, real_tokens
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIGEST_VALUES = 1024
 
 

@@ -24,6 +24,7 @@ from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
 from texttok_cli.errors import RecipeError
 from texttok_cli.inference import find_model
 from texttok_cli.models.dit import DiT
+from texttok_cli.models.layers import DTYPES
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training.conditioning import Conditioner, class_conditioner, class_ids, text_conditioners
@@ -95,7 +96,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
             class_counts=known.class_counts,
             train_captions=known.captions,
             training=history(recipe, None if start is None else start[1]),
-            dtype=torch.bfloat16 if recipe.training.weights == "bf16" else torch.float32,
+            dtype=DTYPES[recipe.training.weights],
         )
     return run.model_path
 

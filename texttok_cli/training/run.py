@@ -26,9 +26,9 @@ from texttok_cli.config.loader import dump_recipe
 from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.recipe import Recipe
 from texttok_cli.config.schema import Config
-from texttok_cli.data import to_image
+from texttok_cli.data import save_png, to_image
 from texttok_cli.errors import CheckpointError, RecipeError, TrainingError
-from texttok_cli.files import atomic_path, load_safetensors, save_safetensors
+from texttok_cli.files import load_safetensors, save_safetensors, write_text
 from texttok_cli.training.sharding import split_like
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ class RunFolder:
             if keys:
                 raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")
             return
-        with atomic_path(file) as tmp:
-            tmp.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(file, dump_recipe(recipe))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -90,8 +89,7 @@ class RunFolder:
         if not self.metrics_path.exists():
             return
         lines = self._log_lines()
-        with atomic_path(self.metrics_path) as tmp:
-            tmp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+        write_text(self.metrics_path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def validated(self, step: int) -> bool:
         """Whether the log has validation values of this step."""
@@ -105,9 +103,7 @@ class RunFolder:
     def save_grid(self, step: int, above: Tensor, below: Tensor) -> None:
         """Draw two rows of images (B, 3, S, S) uint8, as OUT/grids/step-00000500.png."""
         rows = [torch.cat(list(row), dim=2) for row in (above, below)]  # (3, S, B*S) each
-        picture = to_image(torch.cat(rows, dim=1))
-        with atomic_path(self.path / "grids" / f"step-{step:08d}.png") as tmp:
-            picture.save(tmp, format="PNG")
+        save_png(self.path / "grids" / f"step-{step:08d}.png", to_image(torch.cat(rows, dim=1)))
 
     def save_state(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the state of optimizer step `step` and remove older ones; a kill at any moment leaves a whole one."""

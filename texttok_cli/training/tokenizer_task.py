@@ -21,6 +21,7 @@ from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.bottleneck import code_usage
+from texttok_cli.models.layers import DTYPES
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.token_folder import Statistics
 from texttok_cli.training.adversary import Adversary
@@ -212,5 +213,5 @@ class TokenizerTask:
 
     def export(self, path: Path, training: dict[str, Any], latents_of: Sequence[str]) -> None:
         """Write the EMA weights as a model file."""
-        dtype = torch.bfloat16 if self.recipe.training.weights == "bf16" else torch.float32
+        dtype = DTYPES[self.recipe.training.weights]
         save_tokenizer(path, self.ema_model, training=training, latents_of=latents_of, dtype=dtype)
