@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_generator import BY_CLASS, BY_TEXT, save_tiny_generator
+from tiny_inception import DIM, TinyInception
 
 from texttok_cli.baselines import SDVAE
 from texttok_cli.bench import sweep as sweep_module
@@ -20,31 +21,15 @@ from texttok_cli.bench.tradeoff import Series, Setting, Spec
 from texttok_cli.config.schema import GeneratorConfig
 from texttok_cli.data import center_crop, to_tensor
 from texttok_cli.errors import DataError, TextTokError
-from texttok_cli.metrics.inception import Features
 from texttok_cli.models.dit import DiT
 
 Draw = Callable[..., Path]
 CPU = torch.device("cpu")
-DIM = 16  # in the place of 2048
-
-
-class FakeInception(torch.nn.Module):
-    """Features that are linear in some pixels."""
-
-    sha256, resize = "0" * 64, "tf1-bilinear"
-
-    def __init__(self, *, offline: bool) -> None:
-        super().__init__()
-        self.matrix = torch.randn(192, DIM, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, images: torch.Tensor) -> Features:
-        pool = images[:, :, :8, :8].float().flatten(1) @ self.matrix / 255
-        return Features(pool, pool, None)
 
 
 @pytest.fixture(autouse=True)
 def small_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "FidInception", FakeInception)
+    monkeypatch.setattr(sweep_module, "FidInception", TinyInception)
     monkeypatch.setattr(sweep_module, "POOL_DIM", DIM)
 
 
@@ -120,7 +105,7 @@ def test_the_fid_is_of_all_samples_against_the_references_at_the_samples_size(
     for i in range(6):
         draw(tmp_path / "refs" / f"{i}.png", seed=i, size=(100, 80))
     result, _ = run(make_spec(generator, models), tmp_path / "refs", tmp_path / "out")
-    system, network = opened(make_spec(generator, models).series[0], seed=0), FakeInception(offline=True)
+    system, network = opened(make_spec(generator, models).series[0], seed=0), TinyInception(offline=True)
     cropped = torch.stack([to_tensor(center_crop(Image.open(tmp_path / "refs" / f"{i}.png"), 32)) for i in range(6)])
     for point in result.points:
         samples = system.sample(Setting("A", point.steps, "ddim", "2"), range(5))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_line import one_line
 from PIL import Image
 
 from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
@@ -49,11 +50,6 @@ def make(models: Path) -> Callable[..., Tokens]:
         return Tokens(z, TokenHeader(**{**fields, **changes}))
 
     return tokens
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("texttok: ") and text.count("\n") == 1, text
-    return text
 
 
 def pngs(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_line import one_line
 from PIL import Image
 
 from texttok_cli import inference
@@ -52,11 +53,6 @@ def folder_of(draw: Draw, path: Path, n: int, *, damaged: int = 0) -> Path:
         draw(path / f"{i:03d}.png", seed=i, size=(48, 40), part=0.5 if i >= n - damaged else 1)
         (path / f"{i:03d}.txt").write_text(f"picture {i}")
     return path
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("texttok: ") and text.count("\n") == 1, text
-    return text
 
 
 # ------------------------------------------------------------------ where tokens go

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_inception import DIM, TinyInception
 
 from texttok_cli import inference
 from texttok_cli.checkpoint import save_tokenizer
@@ -22,31 +23,15 @@ from texttok_cli.inference import load_tokenizer
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
 from texttok_cli.metrics.image import psnr, ssim
-from texttok_cli.metrics.inception import Features
 from texttok_cli.models.tokenizer import TexTok
 
 Draw = Callable[..., Path]
 Run = Callable[..., Any]
-DIM = 16  # in the place of 2048 and 2023
-
-
-class FakeInception(torch.nn.Module):
-    """Features that are linear in some pixels, of any size of image."""
-
-    sha256 = "0" * 64
-
-    def __init__(self, *, resize: str, head: bool, weights: object, offline: bool) -> None:
-        super().__init__()
-        self.matrix = torch.randn(192, DIM, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, images: torch.Tensor) -> Features:
-        pool = images[:, :, :8, :8].float().flatten(1) @ self.matrix / 255
-        return Features(pool, pool, pool)
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator_module, "FidInception", FakeInception)
+    monkeypatch.setattr(evaluator_module, "FidInception", TinyInception)
     monkeypatch.setattr("texttok_cli.metrics.sources.WIDTHS", {"pool": DIM, "spatial": DIM})
     for name in ("POOL_DIM", "SPATIAL_DIM"):
         monkeypatch.setattr(evidence_module, name, DIM)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from one_line import one_line
 from PIL import Image
 from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 
@@ -61,11 +62,6 @@ def pixels(folder: Path) -> np.ndarray[Any, Any]:
 
 def near(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     return a.shape == b.shape and bool(np.abs(a.astype(int) - b.astype(int)).max() <= 1)
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("texttok: ") and text.count("\n") == 1, text
-    return text
 
 
 def test_classes_to_a_folder(by_class: Run, generators: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import Stop, metrics, newest_state, train
 from safetensors.torch import load_file
 
 from texttok_cli.checkpoint import caption_hash, load_generator_file
@@ -32,10 +33,7 @@ from texttok_cli.training import generator_session
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_task import GeneratorTask, with_dropped
 from texttok_cli.training.loop import Interrupted
-from texttok_cli.training.report import Reporter
-from texttok_cli.training.session import run_training
 
-QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
 # As `accelerate launch --use_fsdp --fsdp_version 2` sets it for what it starts.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -76,31 +74,6 @@ def recipe_file(tmp_path: Path, store: Path, models: Path) -> RecipeFile:
     return write
 
 
-def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
-    """Run in this process; the newest training state."""
-    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, device="cpu")
-    return newest_state(out)
-
-
-def newest_state(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((out / "state").glob("step-????????"))[-1] / "state.safetensors")
-
-
-def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
-
-
-def stop_at(step: int) -> Reporter:
-    """Sends this process SIGTERM when a step is done."""
-
-    def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
-        if what == "training" and done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return Reporter(lambda _: None, progress, lambda _: None)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -116,7 +89,7 @@ def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, 
     recipe = recipe_file(**changes)
     whole = train(recipe, tmp_path / "whole")
     with pytest.raises(Interrupted, match="step 3"):
-        train(recipe, tmp_path / "parts", report=stop_at(3))
+        train(recipe, tmp_path / "parts", report=Stop(3, signal.SIGTERM))
     torch.manual_seed(123)  # a resumed process begins with another random state
     parts = train(recipe, tmp_path / "parts")
     for a, b in ((whole, parts), *((load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts")),)):
@@ -339,7 +312,7 @@ def test_a_run_starts_from_a_generators_weights(recipe_file: RecipeFile, tmp_pat
 def test_how_a_model_is_sampled_is_in_its_file_and_no_part_of_its_training(recipe_file: RecipeFile, tmp_path: Path) -> None:
     out = tmp_path / "first"
     with pytest.raises(Interrupted):
-        train(recipe_file(), out, report=stop_at(2))
+        train(recipe_file(), out, report=Stop(2, signal.SIGTERM))
     written = yaml.safe_load((out / "recipe.yaml").read_text())
     assert written["model"].pop("sampling") == {"sampler": None, "steps": 50, "cfg": "1.5"}
     (out / "recipe.yaml").write_text(yaml.safe_dump(written))  # as one of before there was the section: the run goes on
@@ -516,7 +489,7 @@ def test_two_processes_with_split_weights_train_as_one(recipe_file: RecipeFile, 
     recipe = recipe_file(training={**TINY["training"], "accumulate": 2}, optimizer={"lr": 1e-3, "grad_clip": 0.5})
     whole = train(recipe, tmp_path / "one")
     with pytest.raises(Interrupted, match="step 2"):
-        train(recipe, tmp_path / "two", report=stop_at(2))
+        train(recipe, tmp_path / "two", report=Stop(2, signal.SIGTERM))
     said = launched(recipe, tmp_path / "two", **FSDP2)
     assert "weights split over 2 processes (FSDP2)" in said
     assert_trained_alike(tmp_path / "one", tmp_path / "two", steps=6)

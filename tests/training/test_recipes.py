@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import metrics, train
 
 from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
@@ -13,8 +14,6 @@ from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import lr_scale
 from texttok_cli.training.plan import count_flops, count_generator_flops, plan
-from texttok_cli.training.report import Reporter
-from texttok_cli.training.session import run_training
 
 # Parameters in millions with 128 tokens and T5-XL's width.
 T5_XL = {"S": 53.92, "B": 175.34, "L": 611.59}
@@ -118,13 +117,8 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         overrides += ["model.condition.num_classes=2"]
     if recipe.model.bottleneck.kind == "vq":
         overrides += ["model.bottleneck.codes=16"]
-    losses: list[float] = []
-
-    def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
-        losses.extend([values["loss"]] if "loss" in values else [])
-
-    report = Reporter(lambda _: None, on_progress, lambda _: None)
-    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
+    train(name, tmp_path / "run", *overrides)
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 
@@ -255,11 +249,6 @@ def test_a_generator_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, 
         overrides += ["model.condition.encoder={kind: hash, name: null, dim: 16, max_tokens: 24, precision: fp32}"]
     else:
         overrides += ["model.condition.num_classes=2"]
-    losses: list[float] = []
-
-    def on_progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
-        losses.extend([values["loss"]] if "loss" in values else [])
-
-    report = Reporter(lambda _: None, on_progress, lambda _: None)
-    run_training(load_recipe(name, overrides), tmp_path / "run", report, offline=True, device="cpu")
+    train(name, tmp_path / "run", *overrides)
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import QUIET, Stop, metrics, newest_state, train
 from safetensors.torch import load_file
 
 from texttok_cli.assets import ASSETS, _in_package
@@ -39,39 +40,12 @@ from texttok_cli.training.session import run_training
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
 RecipeFile = Callable[..., Path]
-QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
-
-
-def train(recipe: Path, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
-    """Run in this process; the newest training state."""
-    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, device="cpu")
-    return newest_state(out)
-
-
-def newest_state(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted(path for path in (out / "state").glob("step-*") if not path.suffix)[-1] / "state.safetensors")
-
-
-def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different
-
-
-class Stop(Reporter):
-    """Sends this process a signal when a step is done."""
-
-    def __init__(self, step: int, number: int, message: Callable[[str], None] = lambda _: None) -> None:
-        def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
-            if what == "training" and done == step:
-                os.kill(os.getpid(), number)
-
-        super().__init__(message, progress, lambda _: None)
 
 
 @pytest.mark.parametrize(

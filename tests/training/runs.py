@@ -1,0 +1,41 @@
+"""Training in this process, and what it leaves in its folder."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from texttok_cli.config.loader import load_recipe
+from texttok_cli.training.report import Reporter
+from texttok_cli.training.session import run_training
+
+QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
+
+
+class Stop(Reporter):
+    """Sends this process a signal when a step is done."""
+
+    def __init__(self, step: int, number: int, message: Callable[[str], None] = lambda _: None) -> None:
+        def progress(what: str, done: int, total: int, values: dict[str, float]) -> None:
+            if what == "training" and done == step:
+                os.kill(os.getpid(), number)
+
+        super().__init__(message, progress, lambda _: None)
+
+
+def train(recipe: Path | str, out: Path, *overrides: str, report: Reporter = QUIET) -> dict[str, torch.Tensor]:
+    """The newest training state."""
+    run_training(load_recipe(str(recipe), overrides), out, report, offline=True, device="cpu")
+    return newest_state(out)
+
+
+def newest_state(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted(path for path in (out / "state").glob("step-*") if not path.suffix)[-1] / "state.safetensors")
+
+
+def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
