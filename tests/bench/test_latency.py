@@ -160,9 +160,9 @@ def test_a_training_step_s_memory_is_free_before_the_next_one_s_is_asked_for(mon
     row = Row(part="train", system="tiny/class-32-128", image_size=128, batch=1)
     monkeypatch.setattr(training, "recipes", lambda task: [(row, load_recipe(row.system))] * 2)
     monkeypatch.setattr(training, "training_step", step)
-    monkeypatch.setattr(training, "check_fits", fits)
-    rows = list(PARTS["train"](make_task(batches=[1])))
-    assert len(built) == 2 and all(row.seconds is not None for row in rows)
+    monkeypatch.setattr(task, "check_fits", fits)
+    rows = list(PARTS["train"](make_task(batches=[1, 2])))
+    assert len(built) == 4 and all(row.seconds is not None for row in rows)
 
 
 def measured(part: str, system: str, seconds: float, batch: int = 2, **changes: Any) -> Row:

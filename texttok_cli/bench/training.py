@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from texttok_cli.bench.networks import DoesNotFit, Where, Workload, check_fits, rows_of, weights_bytes
+from texttok_cli.bench.networks import Where, Workload, rows_of, weights_bytes
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.task import Task, joined
 from texttok_cli.config.loader import AnyRecipe, load_recipe
@@ -51,24 +51,19 @@ def recipes(task: Task) -> Iterator[tuple[Row, AnyRecipe]]:
 
 def training_rows(task: Task) -> Iterator[Row]:
     """A step of the paper's tokenizers, by l2 alone, and of their generators. On a CPU a part of a batch may stand for all of it."""
-    for (row, recipe), batch in product(recipes(task), task.batches):
-        cfg = recipe.model
-        part = task.part_of(batch, cfg.latents.sequence_length if isinstance(cfg, GeneratorConfig) else rows_of(cfg))
-        said = joined(row.note, "forward, backward, optimizer, EMA", f"{part} of {batch} images run, multiplied" if part < batch else "")
-        this = row.model_copy(update={"batch": batch, "note": said})
-        try:
-            check_fits(step_bytes(cfg, part, where=task.where), task.where.device)
-        except DoesNotFit as err:
-            yield this.model_copy(update={"skipped": str(err)})
-            continue
-        yield _timed_step(task, this, part)
+    for row, recipe in recipes(task):
+        yield from _rows(task, row, recipe.model)
 
 
-def _timed_step(task: Task, row: Row, part: int) -> Row:
-    """The row with its time; what was allocated for it is free again."""
+def _rows(task: Task, row: Row, cfg: TokenizerConfig | GeneratorConfig) -> Iterator[Row]:
+    rows = cfg.latents.sequence_length if isinstance(cfg, GeneratorConfig) else rows_of(cfg)
+    row = row.model_copy(update={"note": joined(row.note, "forward, backward, optimizer, EMA")})
     with tempfile.TemporaryDirectory() as folder:
-        step = training_step(timed_recipe(row.system, part, task.where), Path(folder), task.where)
-        return task.timed(row, step, times=row.batch / part)
+
+        def work(batch: int) -> Workload:  # a model of its own, which is gone before the next batch's
+            return training_step(timed_recipe(row.system, batch, task.where), Path(folder), task.where)
+
+        yield from task.time_batches(row, rows, 0, partial(step_bytes, cfg, where=task.where), lambda: work)
 
 
 def step_bytes(cfg: TokenizerConfig | GeneratorConfig, batch: int, *, where: Where) -> float:

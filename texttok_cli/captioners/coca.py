@@ -31,9 +31,7 @@ class CoCa:
     prompt: Prompt | None = None
     concurrency = 0
 
-    def __init__(
-        self, name: str = DEFAULT_NAME, weights: str = DEFAULT_WEIGHTS, *, device: torch.device | str = "cpu", offline: bool = False
-    ) -> None:
+    def __init__(self, name: str, weights: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
         import open_clip
 
         if name not in open_clip.list_models() or not name.startswith("coca") or "roberta" in name:
