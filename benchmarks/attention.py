@@ -9,7 +9,6 @@ what this finds: without AMX the formula, with AMX the kernel, in training for m
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from texttok_cli.bench.machine import describe
 from texttok_cli.bench.timing import Timer
+from texttok_cli.files import write_json
 from texttok_cli.models.layers import _attention_by_heads, _explicit_attention
 
 SHAPES = {
@@ -64,7 +64,7 @@ def main() -> None:
         print(name, {work: round(rate) for work, rate in rates.items()})
     if arguments.out:
         record = {"machine": describe(torch.device("cpu"), clock="cpu").model_dump(), "rows": rows}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.out, record)
 
 
 def _backward(forward: Callable[[], Any], inputs: list[Tensor]) -> None:

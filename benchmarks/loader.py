@@ -17,6 +17,7 @@ from pathlib import Path
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import loader_work
 from texttok_cli.data import open_dataset
+from texttok_cli.files import write_json
 
 BATCH, WARM_UP, BATCHES = 32, 4, 60
 STEP_TIME = Path(__file__).parent / "results" / "step_time.json"
@@ -43,7 +44,7 @@ def main() -> None:
         result |= {"step_images_per_s": step, "loader_over_step": {name: rate / step for name, rate in rates.items()}}
     print(json.dumps(result, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
 
 
 def _repeat(work: Callable[[], object], times: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from texttok_cli.bench.networks import Where
 from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import bare_step
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.files import write_json
 
 WARM_UP, STEPS = 3, 15
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     out = parser.parse_args().out
     where = Where(torch.device("cpu"), "bf16")
-    steps = {name: _step(f"tiny/{name}", where) for name in ("texttok-32-128", "baseline-32-128")}
+    steps = {name: bare_step(load_recipe(f"tiny/{name}"), where) for name in ("texttok-32-128", "baseline-32-128")}
     times = Timer(where.device, warm_up=WARM_UP, repeats=STEPS).in_turns(steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     result = {
@@ -43,11 +43,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _step(name: str, where: Where) -> Callable[[], object]:
-    return bare_step(load_recipe(name), where)
+        write_json(out, result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 import texttok_cli
 from texttok_cli.data import Dataset, EvalBatch, eval_batches, open_dataset
 from texttok_cli.data.texts import texts_for
+from texttok_cli.files import write_json
 from texttok_cli.inference import Tokenizer
 from texttok_cli.losses import Perceptual
 from texttok_cli.metrics.image import psnr
@@ -45,7 +46,7 @@ def main() -> None:
     print(json.dumps(result["sets"], indent=1))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
 
 
 def measure(dataset: Dataset, tokenizers: list[Tokenizer]) -> dict[str, object]:

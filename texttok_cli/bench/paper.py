@@ -25,12 +25,11 @@ def paper() -> dict[str, Any]:
     return found
 
 
-def column(table: str, name: str, system: str, size: int | None = None) -> dict[int, float]:
-    """A column of Table 1, 3 or 5 for one system: number of tokens -> value; values that are not given are left out."""
+def column(table: str, name: str, system: str, size: int) -> dict[int, float]:
+    """A column of Table 1 or 5 for one system: number of tokens -> value; values that are not given are left out."""
     whole = paper()[table]
     index = whole["columns"].index(name)
-    rows = whole[system] if size is None else whole[str(size)][system]
-    return {row[0]: row[index] for row in rows if row[index] is not None}
+    return {row[0]: row[index] for row in whole[str(size)][system] if row[index] is not None}
 
 
 def fid(system: str, size: int) -> float:
