@@ -11,10 +11,10 @@ import typer
 
 from texttok_cli.commands.options import (
     BatchSizeOption,
+    CaptionFieldOption,
     DebugOption,
     DeviceOption,
     JsonOption,
-    ModelOption,
     OfflineOption,
     OutOption,
     PrecisionOption,
@@ -27,17 +27,15 @@ if TYPE_CHECKING:
     from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), - for a list on stdin."),
-]
-
 
 def encode(
-    inputs: Inputs,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Images, folders, manifests (.jsonl, .csv), shards (.tar), - for a list on stdin."),
+    ],
     caption: Annotated[str | None, typer.Option(help="The caption, if the input is one image.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl.")] = None,
-    caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
+    caption_field: CaptionFieldOption = None,
     no_caption: Annotated[bool, typer.Option("--no-caption", help="Use the empty condition, and record it.")] = False,
     out: OutOption = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also the tokens of every mirrored image, into the same folder.")] = False,
@@ -45,7 +43,9 @@ def encode(
         Literal["fp16", "fp32", "int8"] | None,
         typer.Option(help="How latents are stored: default fp16. Codes of a VQ model are integers."),
     ] = None,
-    model: ModelOption = "texttok-32-128",
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")
+    ] = "texttok-32-128",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     batch_size: BatchSizeOption = 32,

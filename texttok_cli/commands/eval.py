@@ -18,6 +18,7 @@ from texttok_cli.commands.eval_progress import show
 from texttok_cli.commands.eval_report import compare_reports, finish
 from texttok_cli.commands.options import (
     BatchSizeOption,
+    CaptionFieldOption,
     DebugOption,
     DeviceOption,
     JsonOption,
@@ -52,7 +53,7 @@ def eval_(
     ref: Annotated[str | None, typer.Option(metavar="DIR|NPZ|TAR", help="What --samples are compared with: images or statistics.")] = None,
     images: Annotated[int | None, typer.Option("--images", "-n", min=2, help="Use only this many images of --data, evenly spaced.")] = None,
     captions: Annotated[Path | None, typer.Option(help="A captions.jsonl of --data or --samples.")] = None,
-    caption_field: Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")] = None,
+    caption_field: CaptionFieldOption = None,
     no_caption: Annotated[bool, typer.Option("--no-caption", help="Reconstruct with the empty condition, and record that.")] = False,
     split: Annotated[str | None, typer.Option(help="Which split the references are, for the card: train, val.")] = None,
     note: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=f"For the card: {', '.join(NOTES)}; repeatable.")] = None,

@@ -9,7 +9,7 @@ import typer
 
 from texttok_cli.config import Precision
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")]
+CaptionFieldOption = Annotated[str | None, typer.Option(help="Which key of a shard's .json is the caption: measured, longest, ...")]
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Where to write.")]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute; auto uses a GPU if there is one.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Precision of the model.")]
