@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from texttok_cli.config.schema import DDPM, Flow
-from texttok_cli.diffusion import build_process
+from texttok_cli.diffusion import Guidance, build_process
 from texttok_cli.diffusion.process import DDPMProcess
 from texttok_cli.errors import RecipeError
 
@@ -141,6 +141,19 @@ def test_flow_times_shift_towards_the_noise() -> None:
     shifted = build_process(Flow(kind="flow", shift=3)).schedule(4)
     assert shifted.sigmas == pytest.approx((1, 0.9, 0.75, 0.5, 0))
     assert shifted.times == pytest.approx((1000, 900, 750, 500))
+    assert shifted.fractions == pytest.approx((1, 0.9, 0.75, 0.5))  # what guidance goes by is shifted too
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [10, 20, 50, 250])
+def test_steps_on_the_ends_of_an_interval_are_guided(steps: int, shift: float) -> None:
+    """Times are rounded: 1 - 45/50 is less than 0.1."""
+    fractions = build_process(Flow(kind="flow", shift=shift)).schedule(steps).fractions
+    for i in range(1, steps):
+        end = shift * i / (steps + (shift - 1) * i)
+        for interval in ((end, 1.0), (0.0, end)):
+            guided = [Guidance(2, interval=interval).weight(fraction) == 2 for fraction in fractions]
+            assert guided[steps - i] and sum(guided) == (steps - i + 1 if interval[1] == 1 else i)
 
 
 @pytest.mark.parametrize("cfg", [DDPM(timesteps=30), Flow(kind="flow")])

@@ -80,6 +80,7 @@ def test_dpm_solver_is_diffusers(steps: int) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == [round(t) for t in schedule.times]
+    assert schedule.fractions == pytest.approx([t / 1000 for t in schedule.times])  # what guidance goes by
     noise = SampleRng([5]).normal(SHAPE)
     expected = theirs(scheduler, noise)
     torch.testing.assert_close(ours("dpm++2m", schedule, noise, SampleRng([0]), learned=False), expected, rtol=1e-4, atol=1e-4)

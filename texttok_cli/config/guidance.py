@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from texttok_cli.errors import RecipeError
 
+ROUNDING = 1e-9  # of a time's computation, by which an end of an interval must not lose the step that lies on it
 GRAMMAR = "give a scale such as 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 or 1.5:channels=3"
 
 
@@ -27,7 +28,7 @@ class Guidance:
 
     def weight(self, fraction: float) -> float:
         """At the fraction t/T in [0, 1]."""
-        if self.interval is not None and not self.interval[0] <= fraction <= self.interval[1]:
+        if self.interval is not None and not self.interval[0] - ROUNDING <= fraction <= self.interval[1] + ROUNDING:
             return 1.0
         if self.power is None:
             return self.scale
