@@ -58,3 +58,5 @@ def test_weights() -> None:
     assert cosine.weight(1) == 1
     assert cosine.weight(0) == pytest.approx(3.8)
     assert cosine.weight(0.2) == pytest.approx(1 + 2.8 * (1 - math.cos(math.pi * 0.8**4)) / 2)  # RECIPES.md, after MDT
+    both = parse_cfg("3.8:power-cosine=4:interval=0.1,0.7")  # the curve, where guidance is at all
+    assert [both.weight(f) for f in (0.05, 0.2, 0.8)] == [1, cosine.weight(0.2), 1]

@@ -160,6 +160,11 @@ def test_autoguidance_goes_away_from_the_guides_prediction() -> None:
     torch.testing.assert_close(draw(model, guide=model, cfg="3"), draw(model, cfg="1"), rtol=1e-4, atol=1e-4)
 
 
+def test_autoguidance_asks_for_no_null_condition_in_training() -> None:
+    never_dropped, guide = {**CLASSES, "dropout": 0.0}, build({**CLASSES, "dropout": 0.0}, seed=1)
+    assert torch.equal(draw(build(never_dropped), guide=guide), draw(build(), guide=guide))
+
+
 class CountReads(TorchDispatchMode):
     """How often the host reads a number from a tensor, or asks for a size that depends on the numbers in one."""
 
