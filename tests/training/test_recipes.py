@@ -87,6 +87,46 @@ def test_the_twins_differ_by_their_condition_alone() -> None:
             assert {key for key in text if text[key] != twin[key]} == {"model", "reproduces"}
 
 
+@pytest.mark.parametrize(("size", "t5", "dim", "multipliers"), [(256, "xl", 2048, [1, 2]), (512, "xxl", 4096, [0.5, 1, 2])])
+def test_tokenizers_are_trained_as_their_sources_say(size: int, t5: str, dim: int, multipliers: list[float]) -> None:
+    """Sec. 4.1, and what base/tokenizer infers: a slip in a number would show nowhere else."""
+    for tokens in (32, 64, 128, 256):
+        recipe = load_recipe(f"tokenizer/texttok-{tokens}-{size}")
+        model, loss, rate = recipe.model, recipe.objective, recipe.schedule
+        assert (model.image_size, model.num_patches, model.num_tokens, model.latent_dim) == (size, 1024, tokens, 8)
+        assert (model.backbone.depth, model.backbone.width, model.backbone.heads, model.backbone.mlp_ratio) == (12, 768, 12, 4)
+        condition = model.condition
+        assert (condition.source, condition.mode, condition.where) == ("caption", "in_context", "both")
+        assert (condition.encoder.name, condition.encoder.dim, condition.encoder.max_tokens) == (f"google/t5-v1_1-{t5}", dim, 128)
+        assert (loss.l2, loss.perceptual.net, loss.perceptual.weight, loss.perceptual.start) == (1, "lpips-vgg", 0.1, 0)
+        gan = loss.adversarial
+        assert (gan.kind, gan.weight, gan.start, gan.ramp, gan.adaptive) == ("non_saturating", 0.1, 80_000, 0, False)
+        assert (gan.r1, gan.r1_every, gan.lecam, gan.lecam_decay) == (10, 1, 1e-4, 0.999)
+        discriminator = gan.discriminator
+        assert (discriminator.base, discriminator.multipliers) == (128, [*multipliers, 4, 4, 4, 4])
+        assert (discriminator.lr, discriminator.betas) == (1e-4, (0, 0.99))
+        assert (recipe.optimizer.kind, recipe.optimizer.lr, recipe.optimizer.betas) == ("adam", 1e-4, (0, 0.99))
+        assert (recipe.optimizer.weight_decay, recipe.optimizer.grad_clip, recipe.training.ema) == (0, None, 0.999)
+        assert rate.steps * recipe.training.batch_size / 1_281_167 == pytest.approx(270, rel=2e-3)
+        assert (recipe.training.batch_size, rate.warmup, rate.decay, rate.decay_fraction) == (256, 5000, "cosine", 1)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dit-l", 256), ("dit-xl", 256), ("dit-xl", 512), ("t2i-xl", 256)])
+def test_generators_are_trained_as_their_sources_say(kind: str, size: int) -> None:
+    """Sec. 4.1, and what base/generator infers."""
+    recipe = load_recipe(f"generator/{kind}-32-{size}")
+    model, rate = recipe.model, recipe.schedule
+    assert (model.latents.num_tokens, model.latents.latent_dim, model.condition.dropout) == (32, 8, 0.1)
+    process = model.process
+    assert (process.kind, process.timesteps, process.beta_start, process.beta_end) == ("ddpm", 1000, 1e-4, 0.02)
+    assert process.learned_sigma
+    if isinstance(model.condition, PromptCondition):
+        assert model.condition.encoder == load_recipe(f"tokenizer/texttok-32-{size}").model.condition.encoder
+    assert (recipe.optimizer.kind, recipe.optimizer.lr, recipe.optimizer.betas) == ("adamw", 5e-4, (0.9, 0.999))
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.grad_clip, recipe.training.ema) == (0, None, 0.9999)
+    assert (recipe.training.batch_size, rate.warmup, rate.decay, rate.decay_fraction) == (1024, 5000, "cosine", 1)
+
+
 def test_the_plan_adds_up() -> None:
     numbers = plan(load_recipe("tokenizer/texttok-32-256"))
     assert numbers["images_seen"] == 1_350_000 * 256
