@@ -332,6 +332,10 @@ def test_labels_are_spread_by_weight_and_evenly(weights: list[int], n: int) -> N
         assert labels[: len(weights)] == list(range(len(weights)))[:n]
 
 
+def test_what_is_left_over_goes_to_the_classes_nearest_to_one_more() -> None:
+    assert spread_labels([50, 32, 18], 5).count(0) == 2 and spread_labels([50, 32, 18], 5).count(2) == 1  # 2.5, 1.6 and 0.9
+
+
 def test_drawn_labels_are_uniform_and_of_the_seed_alone() -> None:
     counts = Counter(draw_label(10, seed) for seed in range(10_000))
     assert set(counts) == set(range(10)) and all(abs(count - 1000) < 4 * 30 for count in counts.values())  # 4 standard deviations

@@ -234,6 +234,12 @@ def test_another_run_does_not_mix_in(change: tuple[str, ...], message: str, by_c
     assert np.array_equal(pixels(tmp_path / "out"), before)
 
 
+def test_another_prompt_does_not_mix_in(by_text: Run, tmp_path: Path) -> None:
+    assert by_text("--prompt", "a red rose", "-o", tmp_path / "out").code == 0
+    run = by_text("--prompt", "a blue rose", "-o", tmp_path / "out")
+    assert run.code == 1 and "holds samples with classes or prompts" in one_line(run.err)
+
+
 def test_another_kind_of_device_does_not_mix_in(by_class: Run, tmp_path: Path) -> None:
     """It draws other noise; a folder that does not say where its images were made goes on."""
     args, file = ("--class", "rose", "-n", "2", "-o", tmp_path / "out"), tmp_path / "out" / "settings.json"

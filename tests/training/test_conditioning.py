@@ -42,3 +42,9 @@ def test_each_index_has_its_own_set_s_class() -> None:
     classes, ids = class_ids(named, 3, torch.device("cpu"))
     assert classes == ["cat", "dog", "emu"]
     assert [class_conditioner(part)([1, 0])["class_ids"].tolist() for part in ids] == [[0, 1], [0, 2]]
+
+
+def test_classes_that_are_numbers_keep_their_order() -> None:
+    """As `.cls` files of shards have them: as text, 10 would come before 9 and every later id be another class."""
+    classes, [ids] = class_ids([[(name, name) for name in ("10", "9", "100", "2")]], 4, torch.device("cpu"))
+    assert classes == ["2", "9", "10", "100"] and ids.tolist() == [2, 1, 3, 0]
