@@ -55,7 +55,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def script() -> Any:
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):  # by the version of torch
         return torch.jit.load(resolve("inception", offline=True), map_location="cpu")
 
 
