@@ -24,7 +24,7 @@ from texttok_cli.config.schema import ClassLabels, PromptCondition, TokenLatents
 from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import UnseenCaptions
-from texttok_cli.diffusion import FITTING, Sampling, parse_cfg, sample
+from texttok_cli.diffusion import Sampling, sample
 from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer
 from texttok_cli.models.devices import pick_device
@@ -130,10 +130,7 @@ class Generator:
 
     def sampling(self, sampler: str | None = None, steps: int | None = None, cfg: str | None = None) -> Sampling:
         """How to sample; what is None is as the model's file says. RecipeError for a cfg that can't be read."""
-        own, default = self.dit.cfg.sampling, FITTING[self.dit.cfg.process.kind][0]
-        return Sampling(
-            sampler or own.sampler or default, own.steps if steps is None else steps, parse_cfg(own.cfg if cfg is None else cfg)
-        )
+        return Sampling.asked(self.dit.cfg, sampler, steps, cfg)
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
         """One batch: images uint8 (B, 3, S, S) on the CPU.

@@ -307,6 +307,20 @@ def test_mistakes_are_one_line_and_leave_nothing(args: list[str], message: str, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sampler", "heun"], "sampler 'heun' is none of those of a ddpm model"),
+        (["--steps", "1001"], "at most 1000 steps"),
+        (["--cfg", "-1"], "cfg '-1': the scale is negative"),
+        (["--cfg", "1", "--guide", "missing"], "--guide missing: would not be used"),
+    ],
+)
+def test_how_to_sample_is_checked_before_models_are_loaded(args: list[str], message: str, by_class: Run, tmp_path: Path) -> None:
+    run = by_class("--class", "rose", "--tokenizer", "missing", *args, "-o", tmp_path / "out")
+    assert run.code == 1 and message in one_line(run.err)
+
+
 def test_a_model_is_sampled_as_its_file_says_unless_told_otherwise(texttok: Run, generators: Path, tmp_path: Path) -> None:
     own = {"sampler": "ddim", "steps": 3, "cfg": "1"}
     save_tiny_generator(tmp_path / "own.safetensors", generators / "text.safetensors", BY_CLASS, sampling=own)

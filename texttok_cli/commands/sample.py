@@ -91,6 +91,7 @@ def sample(
     from texttok_cli.commands.sample_folder import SampleFolder
     from texttok_cli.console import emit, progress, say
     from texttok_cli.generation import bundled_generator, load_generator
+    from texttok_cli.inference import find_model
     from texttok_cli.metrics.processes import Processes
 
     if list_classes:
@@ -101,8 +102,10 @@ def sample(
     texts = _prompts(prompt, prompts)
     _check_one_kind({"--class": classes, "--prompt(s)": texts, "--labels": labels})
     processes = Processes()
+    file = find_model(model or bundled_generator("class" if texts is None else "text"), offline=offline)
+    how = _how(file, sampler, steps, cfg, guide)
     generator = load_generator(
-        model or bundled_generator("class" if texts is None else "text"),
+        file,
         tokenizer=tokenizer,
         captions=captions,
         guide=guide,
@@ -111,9 +114,6 @@ def sample(
         offline=offline,
     )
     requests = _requests(generator, classes, texts, labels, number, seed)
-    how = generator.sampling(sampler, steps, cfg)
-    if guide is not None and how.guidance.scale == 1:
-        raise DataError(f"--guide {guide}: would not be used, as cfg 1 means no guidance: give another --cfg, or leave out --guide")
     made_by = _made_by(generator, how, labels)
     settings = {"format": format_, "images": len(requests), "seed": seed, "precision": precision, **made_by}
     where = generator.tokenizer.device.type  # the noise is drawn there, and other devices draw another
@@ -153,6 +153,19 @@ def _list_classes(model: str, *, offline: bool, as_json: bool) -> None:
         emit({"classes": classes}, as_json=True)
     else:
         print("\n".join(classes))
+
+
+def _how(file: Path, sampler: str | None, steps: int | None, cfg: str | None, guide: str | None) -> Sampling:
+    """How to sample the generator of this file: checked by its header, as loading it with its tokenizer takes a while."""
+    from texttok_cli.checkpoint import read_generator_header
+    from texttok_cli.diffusion import Sampling, plan_sampling
+
+    config = read_generator_header(file).model
+    how = Sampling.asked(config, sampler, steps, cfg)
+    plan_sampling(config, how, by_null=guide is None)
+    if guide is not None and how.guidance.scale == 1:
+        raise DataError(f"--guide {guide}: would not be used, as cfg 1 means no guidance: give another --cfg, or leave out --guide")
+    return how
 
 
 def _check_one_kind(options: Mapping[str, object | None]) -> None:

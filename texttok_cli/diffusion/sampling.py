@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from texttok_cli.config.guidance import Guidance
+from texttok_cli.config.guidance import Guidance, parse_cfg
 from texttok_cli.config.schema import FITTING, GeneratorConfig
 from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
 from texttok_cli.diffusion.samplers import SAMPLERS, Denoiser, SampleRng, schedule_for
@@ -31,6 +31,13 @@ class Sampling:
     sampler: str
     steps: int
     guidance: Guidance
+
+    @staticmethod
+    def asked(model: GeneratorConfig, sampler: str | None, steps: int | None, cfg: str | None) -> Sampling:
+        """Of a model; what is None is as its file says. RecipeError for a cfg that can't be read."""
+        own, default = model.sampling, FITTING[model.process.kind][0]
+        guidance = parse_cfg(own.cfg if cfg is None else cfg)
+        return Sampling(sampler or own.sampler or default, own.steps if steps is None else steps, guidance)
 
 
 @torch.no_grad()
