@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel
 
 from texttok_cli import files
-from texttok_cli.errors import TextTokError, TokenFileError
-from texttok_cli.files import META_KEY, atomic_path, load_safetensors, parse_header, read_header, save_safetensors, write_json
+from texttok_cli.errors import DataError, TextTokError, TokenFileError
+from texttok_cli.files import META_KEY, alone_in, atomic_path, load_safetensors, parse_header, read_header, save_safetensors, write_json
 
 
 def raw(tensors: dict[str, object], data: bytes = b"", meta: object = None) -> bytes:
@@ -24,6 +24,19 @@ def entry(begin: int, end: int, *shape: object, dtype: str = "F32") -> dict[str,
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for folder in ("mine", "runs/a", "runs/b"):
+        with pytest.raises(DataError), alone_in(tmp_path / folder):
+            if folder == "runs/b":
+                (tmp_path / folder / "recipe.yaml").touch()
+            raise DataError("no such file")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "runs", "runs/b", "runs/b/recipe.yaml"]
+    with alone_in(tmp_path / "mine" / "deep"):
+        assert names(tmp_path / "mine") == ["deep"]
+    assert names(tmp_path / "mine") == []
 
 
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,19 +60,25 @@ def naming(path: Path, err: OSError) -> OSError:
 def alone_in(folder: Path, *, patience: float = 0) -> Iterator[None]:
     """Make the folder if need be, and keep other processes that ask for the same out while the block runs.
 
-    DataError if one is still in after `patience` seconds: workers of a process that was killed take some to end.
+    Folders that were made and hold nothing at the end, as after a mistake in what was asked for, are removed.
+    DataError if a process is still in after `patience` seconds: workers of one that was killed take some to end.
     Where there are no locks (Windows, some network file systems) nothing keeps them out.
     """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
+    with ExitStack() as stack:
+        if os.name != "nt":
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            claim(folder, descriptor, patience=patience)
+        stack.callback(_remove_empty, made)
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        claim(folder, descriptor, patience=patience)
-        yield
-    finally:
-        os.close(descriptor)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with suppress(OSError):  # from the first on that holds something
+        for folder in folders:
+            folder.rmdir()
 
 
 def claim(path: Path, descriptor: int, *, patience: float = 0) -> None:

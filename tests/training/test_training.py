@@ -373,9 +373,10 @@ def test_a_finished_run_is_left_alone(recipe_file: RecipeFile, tmp_path: Path) -
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
 def test_two_runs_do_not_train_in_one_folder_at_once(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "WORKERS_END", 0)
-    with alone_in(tmp_path / "run"), pytest.raises(DataError, match="run: another texttok is writing there"):
-        train(recipe_file(), tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(DataError, match="run: another texttok is writing there"):
+            train(recipe_file(), tmp_path / "run")
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_classes_that_are_numbers_keep_them() -> None:
@@ -439,6 +440,7 @@ def test_mistakes_are_one_line(recipe_file: RecipeFile, tmp_path: Path, override
     with pytest.raises(error, match=message) as raised:
         train(recipe_file(training={"accumulate": 2}), tmp_path / "run", override)
     assert "\n" not in str(raised.value)
+    assert error is RecipeError or not (tmp_path / "run").exists()  # data is looked for before anything is written
 
 
 def test_class_embeddings_and_class_text_train(recipe_file: RecipeFile, tmp_path: Path) -> None:
