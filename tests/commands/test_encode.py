@@ -356,6 +356,19 @@ def test_ten_damaged_of_sixty_are_skipped_counted_and_listed(encode: Run, draw: 
     assert concatenate(list(read_shards(out))).header.ids == [f"{i:03d}.png" for i in range(50)]
 
 
+def test_an_image_whose_caption_is_not_utf8_is_skipped(encode: Run, draw: Draw, tmp_path: Path) -> None:
+    images = [draw(tmp_path / "in" / f"{name}.png") for name in "ab"]
+    for image, caption in zip(images, (b"caf\xe9", b"a flower"), strict=True):
+        image.with_suffix(".txt").write_bytes(caption)
+    for inputs in (images[0].parent,), images:
+        run = encode(*inputs, "-o", tmp_path / f"out{len(inputs)}", "--json", "--quiet")
+        result = json.loads(run.out)
+        assert (run.code, result["images"], result["failed"]) == (1, 1, 1)
+        assert run.err == f"skipped a.png: its caption {images[0].with_suffix('.txt')} is not UTF-8 text; rewrite it as UTF-8\n"
+    run = encode(images[0], "-o", tmp_path / "one")
+    assert run.code == 1 and run.err.startswith("texttok: ") and "a.txt is not UTF-8 text" in run.err and run.err.count("\n") == 1
+
+
 def test_nothing_but_damaged_images(encode: Run, draw: Draw, tmp_path: Path) -> None:
     folder = folder_of(draw, tmp_path / "in", 2, damaged=2)
     run = encode(folder, "-o", tmp_path / "out", "--json", "--quiet")

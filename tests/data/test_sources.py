@@ -212,6 +212,24 @@ def test_half_a_character_in_captions_names_file_and_line(tmp_path, line):
         open_dataset([image], captions=captions)
 
 
+def test_an_image_whose_caption_is_not_utf8_is_skipped(tmp_path, monkeypatch):
+    images = [write(tmp_path / "set" / name) for name in ("a.png", "b.png")]
+    write(tmp_path / "set" / "a.txt", b"caf\xe9")
+    write(tmp_path / "set" / "b.txt", "fine")
+    manifest = lines(tmp_path / "m.jsonl", {"image": "set/a.png"}, {"image": "set/b.png"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{image}\n" for image in images)))
+    for inputs in ([tmp_path / "set"], [manifest], ["-"], images):
+        dataset = open_dataset(inputs)
+        assert list(captions_of(dataset).values()) == ["fine"]
+        assert [entry.reason for entry in dataset.skipped] == [
+            f"its caption {images[0].with_suffix('.txt')} is not UTF-8 text; rewrite it as UTF-8"
+        ]
+    with pytest.raises(DataError, match=r"a\.png: holds no image that can be used \(a\.png: its caption .*a\.txt is not UTF-8"):
+        open_dataset(images[:1])
+    manifest = lines(tmp_path / "m.jsonl", {"image": "set/a.png", "caption": "its own"})
+    assert captions_of(open_dataset([manifest])) == {"set/a.png": "its own"}
+
+
 @pytest.mark.parametrize("blank", ["", " \n"])
 def test_a_blank_caption_is_none(tmp_path, blank):
     write(tmp_path / "a.png")

@@ -31,7 +31,7 @@ def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
             yield Skipped(ascii(name), NOT_UTF8)
         elif name:
             path = Path(name)
-            yield Item(name, str(path), sidecar(path)) if _is_file(path) else Skipped(name, "no such file")
+            yield captioned(Item(name, str(path))) if _is_file(path) else Skipped(name, "no such file")
 
 
 def from_folder(folder: Path) -> Iterator[Item | Skipped]:
@@ -92,10 +92,9 @@ def _found(entry: os.DirEntry[str], path: str, here: Path, names: set[str], *, i
         return Skipped(ascii(path), NOT_UTF8)
     if suffix in FOREIGN_SUFFIXES:
         return Skipped(path, foreign(suffix))
-    file = here / entry.name
+    item = Item(path, str(here / entry.name), class_name=path.rpartition("/")[0] or None)
     # The names spare a look for each image that has no text. Casefolded, as A.TXT is A.txt on some disks.
-    caption = sidecar(file) if f"{stem}.txt".casefold() in names else None
-    return Item(path, str(file), caption, path.rpartition("/")[0] or None)
+    return captioned(item) if f"{stem}.txt".casefold() in names else item
 
 
 def foreign(suffix: str) -> str:
@@ -124,21 +123,21 @@ def from_manifest(path: Path) -> Iterator[Item | Skipped]:
             yield Skipped(where, "caption, class and id must be text")
         else:
             label = None if class_name is None else str(class_name)
-            text = caption if caption and caption.strip() else sidecar(image)
-            yield Item(row["image"] if item_id is None else str(item_id), str(image), text, label)
+            item = Item(row["image"] if item_id is None else str(item_id), str(image), caption, label)
+            yield item if caption and caption.strip() else captioned(item)
 
 
-def sidecar(path: Path) -> str | None:
-    """The caption in NAME.txt beside the image."""
-    file = path.with_suffix(".txt")
+def captioned(item: Item) -> Item | Skipped:
+    """The item with the caption in NAME.txt beside its image, if there is one; without a caption it would be another item."""
+    file = item.path.with_suffix(".txt")
     try:
-        return file.read_text(encoding="utf-8-sig").strip() or None
+        return replace(item, caption=file.read_text(encoding="utf-8-sig").strip() or None)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
+        return replace(item, caption=None)
     except OSError as err:
-        raise DataError(f"{file}: {err.strerror}") from None
+        return Skipped(item.id, f"{file}: {err.strerror}")
     except UnicodeDecodeError:
-        raise DataError(f"{file}: not readable as UTF-8 text") from None
+        return Skipped(item.id, f"its caption {file} is not UTF-8 text; rewrite it as UTF-8")
 
 
 def with_captions(items: list[Item], path: Path) -> list[Item]:

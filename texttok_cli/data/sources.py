@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Dataset, Item, Skipped
-from texttok_cli.data.listings import from_folder, from_list, from_manifest, sidecar, with_captions
+from texttok_cli.data.listings import captioned, from_folder, from_list, from_manifest, with_captions
 from texttok_cli.data.shards import from_shard
 from texttok_cli.errors import DataError
 
@@ -27,20 +27,22 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     None takes `caption`, else the .txt, else the first of `captions`; `longest` the longest of `captions`; `measured` that key,
     or where it is null the last of `captions`. `captions` is a captions.jsonl whose entries win over what stands beside the images.
 
-    Raises DataError for an input that is not there, is of an unknown kind or holds no image, for an unreadable line of `captions`
-    or if it has no image of these, for an id that stands for two images of one input, and for no input at all.
+    What can't be used, such as an image whose NAME.txt is not UTF-8, is in the data set's `skipped`.
+
+    Raises DataError for an input that is not there, is of an unknown kind or holds no image, if no image can be used, for an
+    unreadable line of `captions` or if it has no image of these, for an id that stands for two images of one input, and for no
+    input at all.
     """
     found: list[tuple[str, Item]] = []
     skipped: list[Skipped] = []
     for source in (source for name in inputs for source in expand(str(name))):
         entries = list(_list_source(source, caption_field))
-        unusable = [entry for entry in entries if isinstance(entry, Skipped)]
-        if len(unusable) == len(entries):
-            raise DataError(
-                f"{source}: holds no image" + (f" that can be used ({unusable[0].id}: {unusable[0].reason})" if unusable else "")
-            )
+        if not entries:
+            raise DataError(f"{source}: holds no image")
         found += [(source, entry) for entry in entries if isinstance(entry, Item)]
-        skipped += unusable
+        skipped += [entry for entry in entries if isinstance(entry, Skipped)]
+    if skipped and not found:
+        raise DataError(f"{inputs[0]}: holds no image that can be used ({skipped[0].id}: {skipped[0].reason})")
     if not found:
         raise DataError("no input: name images, folders, manifests or shards")
     items = _with_unique_ids(found)
@@ -82,7 +84,7 @@ def _list_source(source: str, caption_field: str | None) -> Iterator[Item | Skip
     if suffix in (".jsonl", ".csv"):
         return from_manifest(path)
     if suffix in IMAGE_SUFFIXES:
-        return iter([Item(path.name, str(path), sidecar(path))])
+        return iter([captioned(Item(path.name, str(path)))])
     raise DataError(f"{path}: neither an image, a folder, a manifest (.jsonl, .csv) nor a shard (.tar)")
 
 
