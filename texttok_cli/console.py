@@ -60,7 +60,9 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         try:
             yield bar
         finally:
-            bar.disable |= not bar.tasks  # Rich would end bars that never were with an empty line
+            nothing = not any(task.completed for task in bar.tasks)
+            bar.live.transient = nothing  # what went wrong before anything was done stands alone, without a bar at 0
+            bar.disable |= nothing  # Rich would end bars that never were with an empty line
 
 
 class _Rate(ProgressColumn):
