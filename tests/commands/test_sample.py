@@ -269,11 +269,10 @@ def test_processes_share_the_work(generators: Path, tmp_path: Path, by_class: Ru
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "texttok_cli", "sample", "--model", generators / "class.safetensors", *FAST, *args, "--json"]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     runs = [
-        subprocess.Popen(
-            [*command, "-o", tmp_path / "two"], env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
+        subprocess.Popen([*command, "-o", tmp_path / "two"], env=common | one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for one in own
     ]
     outputs = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs

@@ -16,7 +16,7 @@ from texttok_cli.metrics import processes as processes_module
 from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
 from texttok_cli.metrics.image import psnr
 from texttok_cli.metrics.inception import Features
-from texttok_cli.metrics.processes import Processes
+from texttok_cli.metrics.processes import LAUNCHER, Processes
 from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.metrics.registry import METRICS, check_images, check_names
 
@@ -140,7 +140,8 @@ def test_the_first_process_takes_in_what_each_of_the_others_found_once(fake: Non
             others[:] = [mine, *said[:-1]]
 
     monkeypatch.setattr(processes_module.dist, "gather_object", gather)
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, "3")
     for rank in (1, 2, 0):
         monkeypatch.setenv("RANK", str(rank))
         truncated = Processes().merge(found[rank])
@@ -159,6 +160,18 @@ def test_an_environment_that_names_no_process_is_told(rank: str, size: str | Non
         monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(DataError, match=r"RANK=.* and WORLD_SIZE=.* in the environment name no process of a run"):
         Processes()
+
+
+def test_what_is_left_over_of_a_launcher_is_told() -> None:
+    whole = {name: "1" if name == "RANK" else "2" for name in LAUNCHER}
+    assert (Processes(whole).rank, Processes(whole).size) == (1, 2)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(DataError, match=f"the environment has .*, but not {name}: unset"):
+            Processes({key: value for key, value in whole.items() if key != name})
+    with pytest.raises(DataError, match="the environment has LOCAL_RANK, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        Processes({"LOCAL_RANK": "0"})
+    for harmless in ({}, {"MASTER_ADDR": "here"}, {"RANK": "0", "WORLD_SIZE": "1"}):
+        assert Processes(harmless).size == 1
 
 
 def test_a_reconstruction_is_compared_with_its_original(fake: None) -> None:

@@ -443,6 +443,14 @@ def test_mistakes_are_one_line(recipe_file: RecipeFile, tmp_path: Path, override
     assert error is RecipeError or not (tmp_path / "run").exists()  # data is looked for before anything is written
 
 
+def test_an_environment_that_is_left_over_of_a_launcher_trains_nothing(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DataError, match="RANK=1 and WORLD_SIZE=1 in the environment name no process of a run"):
+        train(recipe_file(), tmp_path / "run")
+
+
 def test_class_embeddings_and_class_text_train(recipe_file: RecipeFile, tmp_path: Path) -> None:
     train(recipe_file(), tmp_path / "a", "model.condition={source: class_embedding, num_classes: 2}", "schedule.steps=2")
     train(recipe_file(), tmp_path / "b", "model.condition.source=class_text", "schedule.steps=2")

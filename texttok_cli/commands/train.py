@@ -38,14 +38,15 @@ def train(
             stdout.print(dump_recipe(resolved), markup=False)
         emit(plan(resolved), as_json=json)
         return
+    from texttok_cli.metrics.processes import Processes
     from texttok_cli.models.devices import pick_device
     from texttok_cli.training.loop import Interrupted
-    from texttok_cli.training.report import Reporter, is_first_process
+    from texttok_cli.training.report import Reporter
     from texttok_cli.training.session import run_training
 
     if device != "auto":
         pick_device(device)  # says so if this machine has none
-    speaks = is_first_process()
+    speaks = Processes().rank == 0
     folder = out or Path("runs") / Path(recipe).stem
     with progress(quiet=quiet or not speaks) as bar:
         tasks: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""One process of an evaluation or a sampling run, alone or one of those that `accelerate launch` or torchrun started."""
+"""One process of a run, alone or one of those that `accelerate launch` or torchrun started."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from texttok_cli.errors import DataError
 from texttok_cli.metrics.evaluator import Evaluator
 
 T = TypeVar("T")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 
 
 class Processes:
@@ -25,12 +26,16 @@ class Processes:
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise DataError(f"RANK={rank} and WORLD_SIZE={size} in the environment name no process of a run: unset both, or use a launcher")
         self.rank, self.size = int(rank), int(size)
+        missing = [name for name in LAUNCHER if name not in environment]
+        if missing and (self.size > 1 or "LOCAL_RANK" in environment):
+            there = ", ".join(name for name in LAUNCHER if name not in missing)
+            raise DataError(f"the environment has {there}, but not {', '.join(missing)}: unset what is left over, or use a launcher")
 
     def device(self, asked: str) -> str:
         """The device asked for, or of several processes this one's own GPU. DataError for more processes than GPUs."""
         if self.size == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
             return asked
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise DataError(f"process {local + 1} of this machine has no GPU of its own ({gpus} here): start as many processes as GPUs")
         return f"cuda:{local}"

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-
-def is_first_process() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun or accelerate launch started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from texttok_cli.files import alone_in
 from texttok_cli.inference import find_model
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.inception import FidInception
+from texttok_cli.metrics.processes import Processes
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.conditioning import Conditioner, build_conditioners
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.generator_session import train_generator
 from texttok_cli.training.loop import Interrupted, train
-from texttok_cli.training.report import Reporter, is_first_process
+from texttok_cli.training.report import Reporter
 from texttok_cli.training.run import RunFolder, begin, check_start, history
 from texttok_cli.training.tokenizer_task import TokenizerTask
 
@@ -36,7 +37,7 @@ def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: boo
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
     a signal.
     """
-    with alone_in(out, patience=WORKERS_END) if is_first_process() else nullcontext():  # the processes of a run share the folder
+    with alone_in(out, patience=WORKERS_END) if Processes().rank == 0 else nullcontext():  # the processes of a run share the folder
         if isinstance(recipe, GeneratorRecipe):
             return train_generator(recipe, out, report, offline=offline, device=device)
         return _train_tokenizer(recipe, out, report, offline=offline, device=device)
