@@ -31,8 +31,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[^/\\]{1,256}$")]  # never a path
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Side = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Channels = Annotated[list[Finite], Field(min_length=1, max_length=4096)]
+# Sums of the squares of float32 stay far below 1e100, and the square of what is below it is finite.
+Number = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+Channels = Annotated[list[Number], Field(min_length=1, max_length=4096)]
 
 
 class TokenHeader(Config):
