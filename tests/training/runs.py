@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +17,7 @@ from texttok_cli.config.loader import load_recipe
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.session import run_training
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 QUIET = Reporter(lambda _: None, lambda *_: None, lambda _: None)
 
 
@@ -39,3 +45,23 @@ def newest_state(out: Path) -> dict[str, torch.Tensor]:
 def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]
+
+
+def launched(recipe: Path, out: Path, **environment: str) -> str:
+    """Run in two processes; what they said. Processes that don't come to their end say where they are."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
+    process = subprocess.Popen(
+        [*launcher, str(recipe), "--out", str(out), "--device", "cpu", "--offline"],
+        env=ENVIRONMENT | {"PYTHONFAULTHANDLER": "1"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.send_signal(signal.SIGABRT)
+        pytest.fail(f"no end after 300 s:\n{process.communicate()[1]}")
+    assert process.returncode == 0, err
+    return err

@@ -1,10 +1,7 @@
 """The generator's trainer: from tokens on disk to a generator file, exact resume, two processes, what a person gets wrong."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import Stop, metrics, newest_state, train
+from runs import Stop, launched, metrics, newest_state, train
 from safetensors.torch import load_file
 
 from texttok_cli.checkpoint import caption_hash, load_generator_file
@@ -43,7 +40,6 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 RecipeFile = Callable[..., Path]
 TEXT = {"source": "text", "dropout": 0.5, "null_tokens": 4, "encoder": {"kind": "hash", "dim": 16, "max_tokens": 24}}
 TINY: dict[str, Any] = {
@@ -460,20 +456,6 @@ def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be
 
 
 # ------------------------------------------------------------------ real processes
-
-
-def launched(recipe: Path, out: Path, **environment: str) -> str:
-    """Run in two processes; what they said."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
-    process = subprocess.run(
-        [*launcher, str(recipe), "--out", str(out), "--device", "cpu", "--offline"],
-        env=ENVIRONMENT | environment,
-        timeout=300,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stderr
 
 
 def assert_trained_alike(one: Path, two: Path, steps: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import QUIET, Stop, metrics, newest_state, train
+from runs import ENVIRONMENT, QUIET, Stop, launched, metrics, newest_state, train
 from safetensors.torch import load_file
 
 from texttok_cli.assets import ASSETS, _in_package
@@ -508,7 +508,6 @@ def test_captions_that_are_cut_off_are_said_whenever_a_run_begins(recipe_file: R
 # ------------------------------------------------------------------ real processes
 
 COMMAND = [sys.executable, "-m", "texttok_cli", "train"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -557,14 +556,7 @@ def test_two_processes_train_as_one(recipe_file: RecipeFile, tmp_path: Path, cha
     changes = {**changes, "training": {**changes.get("training", {}), **start}}
     recipe = recipe_file(schedule={"steps": 3}, objective={"adversarial": {"start": 0}}, **changes)
     train(recipe, tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
-    subprocess.run(
-        [*launcher, str(recipe), "--out", str(tmp_path / "two"), "--device", "cpu", "--offline", "--quiet"],
-        env=ENVIRONMENT,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
+    launched(recipe, tmp_path / "two")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
