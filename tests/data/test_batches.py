@@ -61,6 +61,8 @@ def test_training_images_are_flipped_and_cropped_as_the_stream_says(make_folder:
         for image, (index, flip, place) in zip(images, wanted, strict=True):
             expected = cropped(dataset, index, place if crops else 0.5)
             assert torch.equal(image, expected.flip(-1) if flip and flips else expected)
+    fresh, kept = (torch.cat([batch.images for batch in take(dataset, 3, cache=cache)]) for cache in (False, True))
+    assert torch.equal(fresh, kept)  # over two epochs and more
 
 
 def test_processes_share_every_global_batch_and_a_later_start_goes_on(make_folder: Make) -> None:
@@ -70,8 +72,10 @@ def test_processes_share_every_global_batch_and_a_later_start_goes_on(make_folde
     for whole, *shares in zip(alone, *parts, strict=True):
         assert torch.equal(whole.indices, torch.cat([share.indices for share in shares]))
         assert torch.equal(whole.images, torch.cat([share.images for share in shares]))
-    later = take(dataset, 2, batch_size=6, start=3)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(alone[3:], later, strict=True))
+    for size in (1, 3):
+        later = [take(dataset, 2, batch_size=6 // size, start=3, rank=rank, world_size=size) for rank in range(size)]
+        for whole, *shares in zip(alone[3:], *later, strict=True):
+            assert torch.equal(whole.images, torch.cat([share.images for share in shares]))
 
 
 def test_a_damaged_image_gives_way_to_another_drawn_for_its_place(make_folder: Make) -> None:

@@ -64,7 +64,9 @@ def test_several_folders_are_one_store_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "kept"), [("fp32", torch.float32), ("int8", torch.float16)])
 def test_latents_are_kept_as_stored(dtype: str, kept: torch.dtype, tmp_path: Path) -> None:
     scale = {"mean": [2.0] * 3, "std": [1.0] * 3} if dtype == "int8" else {}
-    assert open_store(write(tmp_path, make(0, 4, dtype=dtype, **scale))).z.dtype == kept
+    folder = write(tmp_path / "a", make(0, 4, dtype=dtype, **scale))
+    assert open_store(folder).z.dtype == kept
+    assert open_store(write(tmp_path / "b", make(4, 2)), folder).z.dtype == kept  # none is rounded for the company of fp16
 
 
 def test_texts_are_those_of_the_files_or_of_a_list(tmp_path: Path) -> None:
