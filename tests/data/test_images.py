@@ -66,8 +66,8 @@ def test_transparent_colours_lie_over_white():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(kind):
-    values = np.array([[0, 257, 128 * 257, 200 * 257, 65535]], np.uint16)
+def test_16_bit_grey_is_scaled_and_rounded_not_clipped(kind):
+    values = np.array([[0, 257, 128 * 257 - 128, 200 * 257 + 128, 65535]], np.uint16)
     assert pixels(encoded(Image.fromarray(values), kind))[0, :, 0].tolist() == [0, 1, 128, 200, 255]
 
 

@@ -26,8 +26,9 @@ def test_members_are_read_at_random(make_shard):
 
 
 def test_texts_and_classes_beside_the_image(make_shard):
-    members = [("a.txt", b" from txt\n"), ("a.jpg", PNG), ("a.cls", b"12"), ("b.webp", PNG), ("b.json", {"class": 0}), ("c.PNG", PNG)]
-    items = open_dataset([make_shard(members)]).items
+    first = [("a.txt", b" from txt\n"), ("a.jpg", PNG), ("a.cls", b"12")]
+    others = [("b.webp", PNG), ("b.json", {"class": 0}), ("b.cls", b"5"), ("c.PNG", PNG)]
+    items = open_dataset([make_shard([*first, *others])]).items
     assert [(i.id, i.caption, i.class_name) for i in items] == [("a", "from txt", "12"), ("b", None, "0"), ("c", None, None)]
 
 
@@ -42,7 +43,7 @@ def test_keys_keep_their_folder_and_end_at_the_first_dot(make_shard):
         (None, {"caption": "own", "captions": ["first"]}, "own"),
         (None, {"captions": ["first", "second"]}, "first"),
         ("captions", {"captions": ["first", "second"]}, "first"),
-        ("longest", {"captions": ["a", "the longest", "mid"]}, "the longest"),
+        ("longest", {"captions": ["a", "the longest", "zebra"]}, "the longest"),
         ("measured", {"captions": ["name"], "measured": "measured words"}, "measured words"),
         ("measured", {"captions": ["name", "name + tags"], "measured": None}, "name + tags"),
         ("measured", {"captions": ["name"]}, "name"),
@@ -83,6 +84,14 @@ def test_every_cut_keeps_what_is_whole_and_lists_the_rest(make_shard):
         begun = sum(end <= length for end in ends)
         assert len(dataset) >= begun - 1
         assert not lost & {item.id for item in dataset.items}
+
+
+def test_an_image_that_is_cut_short_is_listed_though_its_caption_is_there(make_shard):
+    shard = make_shard([("a.json", {"caption": "a"}), ("a.png", PNG), ("b.json", {"caption": "b"}), ("b.png", PNG)])
+    shard.write_bytes(shard.read_bytes()[: shard.read_bytes().rindex(PNG) + len(PNG) // 2])
+    dataset = open_dataset([shard])
+    assert [item.id for item in dataset.items] == ["a"]
+    assert dataset.skipped[0] == Skipped("b", "shard-0000.tar is cut short within this image")
 
 
 def test_a_damaged_header_in_the_middle_is_not_the_end_in_silence(make_shard):
