@@ -113,6 +113,15 @@ def test_captions_must_match_the_model_and_the_images(tokenizer: Tokenizer, mode
         load_tokenizer(models / "plain.safetensors", device="cpu").decode(z, ["a", "b"])
 
 
+def test_the_text_of_an_image_is_of_the_source_that_the_model_has() -> None:
+    both, named = Item("a.png", "a.png", "its caption", "animals/dog"), Item("b.png", "b.png", None, "cat")
+    caption, class_text = (TextCondition.model_validate({"source": s, "encoder": {"kind": "hash"}}) for s in ("caption", "class_text"))
+    assert texts_for([both], caption) == ["its caption"]
+    assert texts_for([both, named], class_text) == ["a photo of a dog", "a photo of a cat"]
+    with pytest.raises(DataError, match=r"^b\.png: has no caption"):
+        texts_for([named], caption)
+
+
 def test_a_key_without_captions_is_named() -> None:
     cond = TextCondition.model_validate({"source": "caption", "encoder": {"kind": "hash"}})
     in_shard, beside = Item("k0", "s.tar", size=1), Item("a.png", "a.png")
