@@ -73,6 +73,7 @@ def test_order_by_class_is_seen() -> None:
     mixed = [classes[i] for i in np.random.RandomState(0).permutation(100)]
     assert not few_classes_a_block(mixed, block=20) and not few_classes_a_block([7] * 100, block=20)
     assert few_classes_a_block([f"{number // 10}" for number in range(100)], block=90)  # of the short block at the end
+    assert not few_classes_a_block([*range(10), 0, 1], block=10)  # nor has a short block room for more
     assert not few_classes_a_block(list(range(100)), block=20)  # each class once: any order is as good
 
 
@@ -111,6 +112,11 @@ def test_precision_recall_are_torch_fidelitys(block: int) -> None:
     precision, recall = precision_recall(samples, references, block=block)
     assert 0.1 < expected["precision"] < 1 and expected["precision"] != expected["recall"]  # so that a swap would show
     assert (precision, recall) == pytest.approx((expected["precision"], expected["recall"]), abs=1e-6)
+    assert precision_recall(samples + 1000, references + 1000, block=block) == pytest.approx((precision, recall), abs=0.02)
+
+
+def test_a_ball_has_its_border() -> None:
+    assert precision_recall(torch.ones(1, 2).expand(5, 2), torch.ones(1, 2).expand(6, 2)) == (1.0, 1.0)  # radius 0, distance 0
 
 
 def test_a_narrow_set_is_precise_and_a_wide_one_recalls() -> None:
