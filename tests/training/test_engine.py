@@ -8,6 +8,7 @@ import torch
 
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.training.engine import Engine
+from texttok_cli.training.loop import Interrupted
 
 
 @pytest.fixture
@@ -39,3 +40,14 @@ def test_what_a_step_draws_is_its_own(engine: Callable[..., Engine]) -> None:
     numbers = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 4096) for rank in (0, 1)]
     drawn = [draw(*number) for number in numbers]
     assert len(set(drawn)) == len(numbers) and drawn == [draw(*number) for number in numbers]
+
+
+def test_what_wraps_the_model_is_gone_when_the_run_leaves_its_process_group(engine: Callable[..., Engine]) -> None:
+    """Else DDP may be the last to know the group, and end in a deadlock with gloo's threads."""
+    one, model = engine("training.compile=true"), torch.nn.Linear(1, 1)
+    wrapped = one.prepare(model, [])
+    assert wrapped.training and wrapped._orig_mod is model
+    with one.finishing(together=Interrupted):
+        assert wrapped.training
+    with pytest.raises(ReferenceError):
+        wrapped.training  # noqa: B018

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -86,11 +87,11 @@ class Engine:
         """The module to call in a step: `model` on the device, in the run's precision, compiled and wrapped as asked.
 
         The module returned shares the parameters of `model`. With FSDP2 these become shards, and the optimizers are given the
-        shards; each process then holds only its part of every weight, and `gathered` brings whole tensors back.
+        shards; each process then holds only its part of every weight, and `gathered` brings whole tensors back. It can be called
+        until the run is `finishing`.
         """
-        if self.sharded:
-            return self.accelerator.prepare(model, *optimizers)[0]
-        return self.accelerator.prepare(model)
+        self._module = self.accelerator.prepare(model, *optimizers)[0] if self.sharded else self.accelerator.prepare(model)
+        return weakref.proxy(self._module)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The run's precision, for a module that is not prepared."""
@@ -177,12 +178,19 @@ class Engine:
         try:
             yield
         except together:
-            self.accelerator.end_training()
+            self._leave()
             raise
         except Exception:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             raise
+        self._leave()
+
+    def _leave(self) -> None:
+        # DDP goes first: as the last to know the group it would wait for gloo's threads with the interpreter's lock in its hands, while
+        # one of them may be waiting for that (seen on a machine at its limit: a process of a finished run that never ended).
+        self._module = None
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def wait(self) -> None:
