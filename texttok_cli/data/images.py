@@ -88,7 +88,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a conversion to the same mode would copy it
 
 
 def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
