@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from texttok_cli.config.schema import ClassLabels, Config, GeneratorConfig, TokenizerConfig
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import Schema, TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
+from texttok_cli.models.devices import without_weights
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.tokens import Sha256
@@ -139,7 +140,7 @@ def caption_hash(text: str) -> int:
 def load_tokenizer_file(path: Path, *, device: str | torch.device = "cpu") -> tuple[TexTok, ModelInfo]:
     """The model in fp32, eval mode, and who it is. CheckpointError, one line, for anything that is not a whole tokenizer file."""
     header, infos = _header(path, ModelHeader, "tokenizer")
-    with torch.device("meta"):
+    with without_weights():
         model = TexTok(header.model)
     _fill(model, path, infos, extra={})
     model.to(device)
@@ -176,7 +177,7 @@ def load_generator_file(path: Path, *, device: str | torch.device = "cpu") -> tu
     captions = infos.get(CAPTIONS)
     if captions is None or captions.dtype != "I64" or len(captions.shape) != 1:
         raise CheckpointError(f"{path}: its {CAPTIONS} are missing or not a list of hashes")
-    with torch.device("meta"):
+    with without_weights():
         model = DiT(header.model)
     tensors = _fill(model, path, infos, extra={CAPTIONS: captions.shape})
     model.to(device)

@@ -1,5 +1,8 @@
 """Where to compute: the best there is, and what is not there."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,3 +24,18 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     for device in ("cuda", "mps", "tpu"):
         with pytest.raises(BackendError, match=f"--device {device}: not available here"):
             pick_device(device)
+
+
+def test_shapes_without_weights_do_not_bring_torchs_compiler() -> None:
+    code = """
+import sys
+from torch import nn
+from texttok_cli.models.devices import without_weights
+
+with without_weights():
+    table = nn.Embedding(3, 4)
+    nn.init.normal_(table.weight, std=0.02)
+print(table.weight.device, tuple(table.weight.shape), "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "meta (3, 4) False"

@@ -15,6 +15,7 @@ from torch import Tensor
 from texttok_cli.assets import load_torch_weights
 from texttok_cli.config.schema import DDPM, DIT_SIZES, ClassLabels, GeneratorConfig, GridLatents, Transformer
 from texttok_cli.errors import CheckpointError
+from texttok_cli.models.devices import without_weights
 from texttok_cli.models.dit import DiT
 
 SD_VAE_SCALE = 0.18215  # their latents are SD-VAE's times this
@@ -50,7 +51,7 @@ def load_dit(path: Path, *, device: torch.device | str = "cpu") -> DiT:
 def read_dit(tensors: Mapping[str, Tensor], *, heads: int) -> DiT:
     """Tensors under their public names -> the model. KeyError, ValueError or RuntimeError if they are not a DiT's."""
     cfg = _config(tensors, heads)
-    with torch.device("meta"):
+    with without_weights():
         model = DiT(cfg)
     positions = tensors["pos_embed"][0].float()
     if not torch.allclose(positions, model.positions, atol=1e-5):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from texttok_cli.errors import BackendError
 
@@ -15,3 +21,21 @@ def pick_device(device: str) -> torch.device:
     if not has.get(device.partition(":")[0], False):
         raise BackendError(f"--device {device}: not available here; use --device cpu")
     return torch.device(device)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """What is built in the block lies on the meta device: shapes alone, to be counted or to be given a file's weights."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out `normal_`: to draw numbers for a meta tensor, which holds none, torch imports its compiler, a second's work."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is nn.init.normal_:
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

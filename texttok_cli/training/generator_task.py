@@ -17,6 +17,7 @@ from texttok_cli.config.schema import ClassLabels, GeneratorConfig, TokenLatents
 from texttok_cli.data.latents import LatentBatch
 from texttok_cli.diffusion import build_process
 from texttok_cli.errors import RecipeError
+from texttok_cli.models.devices import without_weights
 from texttok_cli.models.dit import DiT
 from texttok_cli.token_folder import Statistics
 from texttok_cli.training.conditioning import Conditioner
@@ -109,7 +110,7 @@ class GeneratorTask:
 
     def averaged(self) -> DiT:
         """The EMA weights as a model; every process has to call it."""
-        with torch.device("meta"):
+        with without_weights():
             dit = DiT(self.recipe.model)
         weights = {name: whole(value) for name, value in self.ema.items()}
         statistics = {"latent_mean": self.model.latent_mean, "latent_std": self.model.latent_std}

@@ -10,6 +10,7 @@ from texttok_cli.config.loader import AnyRecipe
 from texttok_cli.config.recipe import TokenizerRecipe
 from texttok_cli.config.schema import GeneratorConfig, GridLatents, PromptCondition, TextCondition, TextEncoderConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.devices import without_weights
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 
@@ -44,7 +45,7 @@ def plan(recipe: AnyRecipe) -> dict[str, float | int | str]:
 
 def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:
     """The model on the meta device, and the FLOPs of one forward pass on one image with all text tokens real."""
-    with torch.device("meta"):
+    with without_weights():
         model = DiT(cfg).eval()
         cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, PromptCondition) else None
         class_ids = torch.zeros(1, dtype=torch.long) if cond is None else None
@@ -53,7 +54,7 @@ def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:
 
 def count_flops(cfg: TokenizerConfig) -> tuple[TexTok, int]:
     """The model on the meta device, and the FLOPs of encoding and decoding one image with all text tokens real."""
-    with torch.device("meta"):
+    with without_weights():
         model = TexTok(cfg).eval()
         cond = _text(cfg.condition.encoder) if isinstance(cfg.condition, TextCondition) else None
         class_ids = None if model.classes is None else torch.zeros(1, dtype=torch.long)
