@@ -105,7 +105,7 @@ def pair(size: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_schema_names_the_same_networks() -> None:
-    assert set(get_args(PerceptualNet)) == {*NETS, "resnet50-logits"}
+    assert set(get_args(PerceptualNet)) == {*NETS, "resnet50-logits", "efficientnet-lite0"}
 
 
 def test_every_lpips_network_is_built_by_name(net: PerceptualNet) -> None:

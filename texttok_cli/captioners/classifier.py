@@ -9,10 +9,10 @@ from PIL import Image
 
 from texttok_cli.captioners.attributes import describe, measure
 from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written, with_article
-from texttok_cli.captioners.efficientnet import IMAGE_SIZE, load_efficientnet
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data import center_crop, to_tensor
 from texttok_cli.errors import DataError
+from texttok_cli.models.efficientnet import IMAGE_SIZE, load_efficientnet
 
 CERTAIN = 0.5  # probability from which on the first label stands alone
 POSSIBLE = 0.1  # below it a label is not named at all

@@ -20,7 +20,7 @@ def _listed(value: Any) -> Any:
 
 Paths = Annotated[list[str], BeforeValidator(_listed)]
 LpipsNet = Literal["lpips-vgg", "lpips-alex", "stlpips-vgg", "stlpips-alex"]
-PerceptualNet = Literal[LpipsNet, "resnet50-logits"]
+PerceptualNet = Literal[LpipsNet, "resnet50-logits", "efficientnet-lite0"]
 GanKind = Literal["non_saturating", "hinge"]
 
 
