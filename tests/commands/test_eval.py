@@ -507,7 +507,7 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "psnr", "--samples", "{samples}", "--ref", "{nothing}"), "no such file"),
         (("--metric", "psnr,kid", "--samples", "{samples}", "--ref", "{samples}"), "kid: needs 1,000 samples or more"),
         (("--metric", "is", "--samples", "{samples}", "--offline"), "InceptionV3 (FID) weights with the 1008-way head"),
-        (("--compare", "{nothing}"), "nothing: No such file"),
+        (("--compare", "{nothing}"), "nothing: no such file"),
         (("--metric", "psnr", "--resize", "clean"), "--resize is about InceptionV3, which none of these metrics uses"),
         (("--metric", "psnr", "--inception", "x.pth"), "--inception is about InceptionV3"),
         (("--metric", "psnr", "--clip", "ViT-B-32"), "--clip says which CLIP is used"),
@@ -562,6 +562,7 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
     plain, text = measure("plain"), measure("text")
     assert "plain.json: only one report" in texttok("eval", "--compare", plain).err
     alike = texttok("eval", "--compare", plain, "--compare", text)
+    assert texttok("eval", "--compare", tmp_path / "[pt]*.json").out == alike.out
     assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "differ" not in alike.out + alike.err
     other = measure("other", "-n", 4)
     unlike = texttok("eval", "--compare", plain, "--compare", other)

@@ -63,7 +63,7 @@ def eval_(
     clip_weights: Annotated[str, typer.Option(help="Its weights: a local file, or open_clip's tag.")] = CLIP_WEIGHTS,
     save_stats: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples' statistics, as ADM's files.")] = None,
     save_samples: Annotated[Path | None, typer.Option(metavar="NPZ", help="Write the samples as an ADM batch.")] = None,
-    compare: Annotated[list[Path] | None, typer.Option(help="Compare reports instead; repeatable.")] = None,
+    compare: Annotated[list[Path] | None, typer.Option(help="Compare reports instead; repeatable, and takes globs in quotes.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page: table, cards, and images by their PSNR.")] = None,
     gallery: Annotated[int, typer.Option(min=1, help="How many best, median and worst images --html shows, each.")] = 3,
     out: OutOption = None,
@@ -82,6 +82,7 @@ def eval_(
     interrupted run. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their cards differ.
     Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
+    from texttok_cli.data.sources import expand
     from texttok_cli.metrics.evaluation import evaluate
     from texttok_cli.metrics.passes import Job, Pass
     from texttok_cli.metrics.processes import Processes
@@ -91,7 +92,7 @@ def eval_(
     if compare:
         check_comparing(given)
         check_targets({"--html": html})
-        compare_reports(compare, html, as_json=json)
+        compare_reports([Path(path) for name in compare for path in expand(str(name))], html, as_json=json)
         return
     fixed = PROTOCOLS[protocol] if protocol else None
     names = _names(metric, fixed, generated=samples is not None, statistics=save_stats is not None, page=html is not None)
