@@ -139,7 +139,8 @@ def test_a_model_with_the_same_latents_decodes(decode: Run, make: Callable[..., 
     save_tokenizer(tmp_path / "brighter.safetensors", model, training={}, latents_of=[info.sha256])
     images = []
     for name in ("text", tmp_path / "brighter.safetensors"):
-        assert decode(tmp_path / "a.tok.safetensors", "--model", name, "-o", tmp_path / "a.png").code == 0
+        run = decode(tmp_path / "a.tok.safetensors", "--model", name, "-o", tmp_path / "a.png")
+        assert run.code == 0 and ("decoded by brighter, trained on from it" in run.err) == (name != "text")
         images.append(np.asarray(Image.open(tmp_path / "a.png")).mean())
     assert images[1] > images[0]
 
