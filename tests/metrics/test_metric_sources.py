@@ -165,6 +165,16 @@ def test_a_fingerprint_changes_with_the_images(draw: Draw, tmp_path: Path) -> No
     assert FileImages(open_dataset([tmp_path])).fingerprint() != before
 
 
+def test_an_identity_says_which_image_has_which_size(draw: Draw, tmp_path: Path) -> None:
+    """It is the same wherever the folder lies, and not if two images swap places."""
+    found = set()
+    for folder, (first, second) in (("one", (8, 16)), ("copy", (8, 16)), ("swapped", (16, 8))):
+        draw(tmp_path / folder / "a.png", size=(first, first))
+        draw(tmp_path / folder / "b.png", size=(second, second))
+        found.add(FileImages(open_dataset([tmp_path / folder]), crop_to=8).identity())
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("read", [NpzImages, read_npz_reference])
 def test_a_file_that_is_not_there_is_not_called_damaged(read: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
