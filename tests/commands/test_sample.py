@@ -20,7 +20,7 @@ from tiny_generator import BY_CLASS, BY_TEXT, CLASSES, save_tiny_generator
 
 from texttok_cli.commands import sample_folder
 from texttok_cli.commands.sample import Labels, sample
-from texttok_cli.data import open_dataset
+from texttok_cli.data import images, open_dataset
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator
 from texttok_cli.metrics.sample_run import LABELS
@@ -191,7 +191,7 @@ def test_an_interrupted_run_goes_on(format_: str, by_class: Run, tmp_path: Path,
 
 def test_a_full_disk_loses_nothing(by_class: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--class", "rose", "-n", "6", "-b", "2", "--format", "npz", "-o", tmp_path / "out")
-    save = sample_folder.save_png
+    save = images.save_png
 
     def full(path: Path, image: Any) -> None:
         if path.name == "000003.png":
@@ -199,7 +199,7 @@ def test_a_full_disk_loses_nothing(by_class: Run, tmp_path: Path, monkeypatch: p
         save(path, image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_folder, "save_png", full)
+        patch.setattr(images, "save_png", full)
         run = by_class(*args)
     assert run.code == 1 and "No space left on device" in one_line(run.err)
     assert {row["id"] for row in lines(tmp_path / "out")} == {"0", "1", "2"}

@@ -23,10 +23,8 @@ from texttok_cli.config import Precision
 from texttok_cli.errors import DataError, TokenFileError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from texttok_cli.inference import Tokenizer
-    from texttok_cli.tokens import Tokens
+    from texttok_cli.tokens import TokenHeader, Tokens
 
 
 def decode(
@@ -49,6 +47,7 @@ def decode(
     files of these names are replaced, but never the very image that was encoded.
     """
     from texttok_cli.console import emit, progress
+    from texttok_cli.data import save_pngs
 
     names = {path: _names(path) for path in tokens}
     target = _Target(out, names)
@@ -67,9 +66,7 @@ def decode(
                 chosen = slice(start, start + batch_size)
                 z = part.z[chosen] if part.header.codes is None else tokenizer.lookup(part.z[chosen])
                 images = tokenizer.decode(z, captions and captions[chosen])
-                for i, image in enumerate(images, start):
-                    name = _name(part.header.ids[i], part.header.flipped[i])
-                    target.save(image, name, part.header.input_sha256[i], source=path)
+                save_pngs([target.claim(path, part.header, i) for i in range(start, start + len(images))], images)
                 bar.advance(task, len(images))
     written = [str(path) for path in target.written]
     emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
@@ -165,18 +162,14 @@ class _Target:
                     self._claim(source, name)
             self.written.clear()
 
-    def save(self, image: Tensor, name: str, input_sha256: str, *, source: Path) -> None:
-        """Write one uint8 image (3, S, S) as PNG, atomically.
-
-        DataError rather than over another image of this run, or over the file that was encoded.
-        """
-        from texttok_cli.data import save_png, to_image
+    def claim(self, source: Path, header: TokenHeader, i: int) -> Path:
+        """Where image i of this token file goes. DataError for another image of this run, and for the very file that was encoded."""
         from texttok_cli.files import sha256_file
 
-        path = self._claim(source, name)
-        if path.is_file() and sha256_file(path) == input_sha256:
+        path = self._claim(source, _name(header.ids[i], header.flipped[i]))
+        if path.is_file() and sha256_file(path) == header.input_sha256[i]:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
-        save_png(path, to_image(image))
+        return path
 
     def _claim(self, source: Path, name: str) -> Path:
         path = self._path(source, name)

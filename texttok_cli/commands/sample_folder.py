@@ -13,7 +13,6 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from texttok_cli.data import save_png, to_image, to_tensor
+from texttok_cli.data import save_png, save_pngs, to_tensor
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
 from texttok_cli.metrics.sources import NpzImages, NpzWriter
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 GRID_IMAGES = 64
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-SAVERS = 4  # threads: compressing PNGs and waiting for the disk
 
 
 class SampleFolder:
@@ -57,8 +55,7 @@ class SampleFolder:
         """Write uint8 (B, 3, S, S); when this is cut off, each image is there whole or not at all."""
         if not self.begun:
             write_json(self._settings_file, self.settings)
-        with ThreadPoolExecutor(SAVERS) as savers:
-            list(savers.map(save_png, map(self.image, numbers), map(to_image, images)))
+        save_pngs(map(self.image, numbers), images)
         self._there.update(numbers)
 
     @property

@@ -1,6 +1,6 @@
 """Images and what is known of them: sources, pixels, batches."""
 
-from texttok_cli.data.images import center_crop, load_image, normalize, save_png, to_image, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.images import center_crop, load_image, normalize, save_png, save_pngs, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.items import Dataset, Item, Skipped, evenly_spaced
 from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
 from texttok_cli.data.sources import SAMPLE_SET, open_dataset
@@ -21,6 +21,7 @@ __all__ = [
     "normalize",
     "open_dataset",
     "save_png",
+    "save_pngs",
     "to_image",
     "to_rgb",
     "to_tensor",

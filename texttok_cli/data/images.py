@@ -6,6 +6,8 @@ import io
 import struct
 import threading
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path
 
 MAX_PIXELS = 100_000_000  # refused from the header, before anything is decoded
+SAVERS = 4  # threads: compressing PNGs and waiting for the disk
 
 # Pillow knows many more, among them EPS, which it hands to Ghostscript: a program run on what a file says.
 Image.init()
@@ -135,6 +138,12 @@ def save_png(path: Path, image: Image.Image) -> None:
     """Write a PNG file, atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def save_pngs(paths: Iterable[Path], images: Tensor) -> None:
+    """Write uint8 images (B, 3, H, W) as PNG files, several at a time, each atomically."""
+    with ThreadPoolExecutor(SAVERS) as savers:
+        list(savers.map(save_png, paths, map(to_image, images)))
 
 
 def normalize(images: Tensor) -> Tensor:
