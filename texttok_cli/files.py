@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     An OSError of the block that names no file, as those of a full disk, names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask gives; safetensors makes its own file, closed to others

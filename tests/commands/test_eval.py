@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -560,9 +561,14 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
         return out
 
     plain, text = measure("plain"), measure("text")
-    assert "plain.json: only one report" in texttok("eval", "--compare", plain).err
+    assert "plain.json: only one report; name at least two" in texttok("eval", "--compare", plain).err
     alike = texttok("eval", "--compare", plain, "--compare", text)
     assert texttok("eval", "--compare", tmp_path / "[pt]*.json").out == alike.out
+    for folder, report in (("one", plain), ("two", text)):  # of the same name: their folders tell them apart
+        (tmp_path / folder).mkdir()
+        shutil.copy(report, tmp_path / folder / "r.json")
+    reports = json.loads(texttok("eval", "--compare", tmp_path / "*" / "r.json", "--json").out)["reports"]
+    assert reports == [str(tmp_path / "one" / "r.json"), str(tmp_path / "two" / "r.json")]
     assert alike.code == 0 and "plain" in alike.out and "psnr" in alike.out and "differ" not in alike.out + alike.err
     other = measure("other", "-n", 4)
     unlike = texttok("eval", "--compare", plain, "--compare", other)

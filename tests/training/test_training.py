@@ -577,6 +577,20 @@ def test_a_run_starts_from_a_models_weights(recipe_file: RecipeFile, tmp_path: P
         train(recipe_file(), tmp_path / "third", f"training.start_from={first}", "model.num_tokens=5")
 
 
+@pytest.mark.parametrize("net", ["efficientnet-lite0", "stlpips-alex"])
+def test_a_real_perceptual_network_teaches_a_detokenizer(net: str, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    if _in_package(ASSETS[net]) is None:
+        pytest.skip(f"{ASSETS[net].package} is not installed")
+    train(recipe_file(training={"weights": "fp32"}), tmp_path / "first")
+    first = tmp_path / "first" / "model.safetensors"
+    alone = (f"training.start_from={first}", "training.detokenizer_only=true", "training.weights=fp32", "training.log_every=1")
+    train(recipe_file(), tmp_path / "second", *alone, "objective.l2=0", f"objective.perceptual={{net: {net}, weight: 0.5}}")
+    losses = [line["perceptual"] for line in metrics(tmp_path / "second")]
+    assert len(losses) > 1 and all(0 < loss < 14 for loss in losses)
+    a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
+    assert not torch.equal(a["to_pixels.weight"], b["to_pixels.weight"]) and torch.equal(a["patch_embed.weight"], b["patch_embed.weight"])
+
+
 @pytest.mark.parametrize("bottleneck", ["continuous", "vq"])
 def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile, tmp_path: Path, pictures: Path, bottleneck: str) -> None:
     model = f"model.bottleneck.kind={bottleneck}"

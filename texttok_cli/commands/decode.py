@@ -46,20 +46,23 @@ def decode(
     IMAGE.rec.png beside it, and a folder of shards gives a folder NAME.rec; OUT is a folder, or for one image a .png file. Existing
     files of these names are replaced, but never the very image that was encoded.
     """
-    from texttok_cli.console import emit, progress
+    from texttok_cli.console import emit, progress, say
     from texttok_cli.data import save_pngs
 
     names = {path: _names(path) for path in tokens}
     target = _Target(out, names)
     for path in filter(Path.is_dir, tokens):
         _say_if_cut_off(path)
-    tokenizer: Tokenizer | None = None
-    made_by = ""  # sha256 of the model whose tokens it was loaded for
+    tokenizers: dict[str, Tokenizer] = {}  # by the sha256 of the model whose tokens they decode
     with progress(quiet=quiet) as bar:
         task = bar.add_task("decoding", total=target.total, note="")
         for path, part in _parts(names):
-            if tokenizer is None or part.header.model_sha256 != made_by:
-                tokenizer, made_by = _load(part, path, model, device, precision, offline), part.header.model_sha256
+            made_by = part.header.model_sha256
+            if made_by not in tokenizers:
+                tokenizers[made_by] = _load(part, path, model, device, precision, offline)
+                if made_by != tokenizers[made_by].info.sha256 and not quiet:  # often of the same name; its images look different
+                    say(f"tokens of model {made_by[:12]}... are decoded by {tokenizers[made_by].info.name}, which was trained on from it")
+            tokenizer = tokenizers[made_by]
             _check_fits(tokenizer, part, path)
             captions = part.header.captions if caption is None else [caption] * len(part)
             for start in range(0, len(part), batch_size):
@@ -107,7 +110,6 @@ def _parts(tokens: Iterable[Path]) -> Iterator[tuple[Path, Tokens]]:
 
 def _load(part: Tokens, path: Path, model: str | None, device: str, precision: Precision, offline: bool) -> Tokenizer:
     """The tokenizer that made these tokens, found by its hash or named by the person."""
-    from texttok_cli.console import say
     from texttok_cli.inference import find_model, find_model_by_hash, load_tokenizer
 
     header = part.header
@@ -118,8 +120,6 @@ def _load(part: Tokens, path: Path, model: str | None, device: str, precision: P
             f"{path}: was made with model {header.model_name} (sha256 {header.model_sha256[:12]}...), not with"
             f" {tokenizer.info.name} ({tokenizer.info.sha256[:12]}...)"
         )
-    if header.model_sha256 != tokenizer.info.sha256:  # often of the same name, and what it makes of the tokens looks different
-        say(f"{path}: made with model {header.model_sha256[:12]}..., decoded by {tokenizer.info.name}, trained on from it since")
     return tokenizer
 
 

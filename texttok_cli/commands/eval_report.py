@@ -91,8 +91,12 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     parts = [(path, by_samples(load_report(path))) for path in paths]
     reports = [part for _, found in parts for part in found]
     if len(reports) < 2:
-        raise DataError(f"--compare {paths[0]}: only one report; give --compare at least twice")
-    names = [path.stem if len(found) == 1 else f"{path.stem}: {_name(part)}" for path, found in parts for part in found]
+        raise DataError(f"--compare {paths[0]}: only one report; name at least two")
+    unique = len({path.stem for path in paths}) == len(paths)
+    labels = [path.stem if unique else str(path) for path in paths]
+    names = [
+        label if len(found) == 1 else f"{label}: {_name(part)}" for label, (_, found) in zip(labels, parts, strict=True) for part in found
+    ]
     rows = compare(reports)
     if html is not None:
         write_page(html, names, reports, [])

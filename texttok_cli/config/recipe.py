@@ -54,7 +54,7 @@ class LatentData(Config):
 
 
 class PerceptualLoss(Config):
-    """Distance of deep features (Sec. 3.2; the paper cites LPIPS)."""
+    """Distance of deep features (Sec. 3.2; the paper cites LPIPS): of LPIPS, ST-LPIPS or an ImageNet classifier, or of one's logits."""
 
     net: PerceptualNet = "lpips-vgg"
     weight: float = Field(0.1, ge=0)  # [I] config; MAGVIT App. B.2

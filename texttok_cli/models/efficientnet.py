@@ -25,7 +25,10 @@ BN_EPS = 1e-3  # TensorFlow's, with which it was trained
 
 
 class SameConv(nn.Conv2d):
-    """A convolution without bias and with TensorFlow's `same` padding: of an odd number of pixels, the larger part goes right and below."""
+    """A convolution with TensorFlow's `same` padding: of an odd number of pixels, the larger part goes right and below.
+
+    It has no bias until its normalisation is folded in.
+    """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)
@@ -88,22 +91,23 @@ class EfficientNetLite0(nn.Module):
             stages.append(x)
         return stages
 
-    def fold_norms(self) -> None:
-        """Put every batch normalisation into the convolution before it: the same values up to rounding, in two thirds of the time."""
-        for module in [self, *self.blocks]:
-            for conv, norm in NORMS:
-                if hasattr(module, conv):
-                    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-                    setattr(module, norm, nn.Identity())
-
 
 def load_efficientnet(*, device: torch.device | str = "cpu", offline: bool = False) -> EfficientNetLite0:
     """With its ImageNet weights, frozen, the normalisations folded. Raises BackendError if they are not available."""
     weights = load_torch_weights(resolve("efficientnet-lite0", offline=offline))
     model = EfficientNetLite0()
     model.load_state_dict({re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in weights.items()})  # the file's begin with _
-    model.eval().fold_norms()
+    _fold_norms(model.eval())
     return model.requires_grad_(False).to(memory_format=torch.channels_last).to(device)
+
+
+def _fold_norms(model: EfficientNetLite0) -> None:
+    """Put every batch normalisation into the convolution before it: the same values up to rounding, in less time."""
+    for module in [model, *model.blocks]:
+        for conv, norm in NORMS:
+            if hasattr(module, conv):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
 
 
 def _padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
