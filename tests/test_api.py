@@ -119,6 +119,7 @@ def test_every_error_is_a_text_tok_error(models: Path, tmp_path: Path) -> None:
         lambda: tokenizer.decode(torch.zeros(1, 2, 3)),
         lambda: evaluate(["fidd"], model=tokenizer),
         lambda: evaluate(["psnr"]),
+        lambda: evaluate(["psnr"], model="texttok-32-128", data=tmp_path),
         lambda: evaluate(["psnr"], model=tokenizer, references=tmp_path),
         lambda: evaluate(["psnr"], model=tokenizer, samples=tmp_path),
         lambda: evaluate(["psnr"], model=tokenizer, notes={"colour": "red"}),

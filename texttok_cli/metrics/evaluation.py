@@ -74,6 +74,8 @@ def evaluate(
     fixed = PROTOCOLS[protocol] if protocol else None
     if fixed is not None and resize != fixed.resize:
         raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
+    if isinstance(model, str | Path):
+        raise DataError(f"model: {str(model)!r} is a name; give what load_tokenizer({str(model)!r}) returns")
     models = [] if model is None else list(model) if isinstance(model, Sequence) else [model]
     if (samples is None) == (not models) or (references if samples is None else data) is not None:
         raise DataError("evaluate takes samples and their references, or a model and its data")
