@@ -24,7 +24,7 @@ from texttok_cli.errors import DataError, TokenFileError
 
 if TYPE_CHECKING:
     from texttok_cli.inference import Tokenizer
-    from texttok_cli.tokens import TokenHeader, Tokens
+    from texttok_cli.tokens import Tokens
 
 
 def decode(
@@ -69,9 +69,9 @@ def decode(
                 chosen = slice(start, start + batch_size)
                 z = part.z[chosen] if part.header.codes is None else tokenizer.lookup(part.z[chosen])
                 images = tokenizer.decode(z, captions and captions[chosen])
-                save_pngs([target.claim(path, part.header, i) for i in range(start, start + len(images))], images)
+                save_pngs([target.next(path, sha256) for sha256 in part.header.input_sha256[chosen]], images)
                 bar.advance(task, len(images))
-    written = [str(path) for path in target.written]
+    written = [str(path) for path in target.paths]
     emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
 
 
@@ -148,7 +148,7 @@ class _Target:
 
         self.out, self.counts = out, {source: len(own) for source, own in names.items()}
         self.total = sum(self.counts.values())
-        self.written: dict[Path, Path] = {}  # image -> the input it came from
+        self.paths: dict[Path, Path] = {}  # of every image -> the input it comes from
         self.image_suffixes = IMAGE_SUFFIXES
         suffix = "" if out is None or out.is_dir() else out.suffix.lower()
         self.is_file = suffix == ".png" and self.total == 1
@@ -156,28 +156,22 @@ class _Target:
             raise DataError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
         if out is not None and not self.is_file:
             check_can_be_folder(out, else_name=", or for one image a .png file")
-        if len(names) > 1:  # a rehearsal, before any work: two inputs may have ids in common
-            for source, own in names.items():
-                for name in own:
-                    self._claim(source, name)
-            self.written.clear()
+        self._left = {source: iter([self._claim(source, name) for name in own]) for source, own in names.items()}
 
-    def claim(self, source: Path, header: TokenHeader, i: int) -> Path:
-        """Where image i of this token file goes. DataError for another image of this run, and for the very file that was encoded."""
+    def next(self, source: Path, input_sha256: str) -> Path:
+        """Where the next image of this input goes. DataError rather than over the file that was encoded."""
         from texttok_cli.files import sha256_file
 
-        path = self._claim(source, _name(header.ids[i], header.flipped[i]))
-        if path.is_file() and sha256_file(path) == header.input_sha256[i]:
+        path = next(self._left[source])
+        if path.is_file() and sha256_file(path) == input_sha256:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
         return path
 
     def _claim(self, source: Path, name: str) -> Path:
         path = self._path(source, name)
-        if path in self.written:
-            raise DataError(
-                f"{source}: its {name} and an image of {self.written[path]} are both {path}; decode them into different folders"
-            )
-        self.written[path] = source
+        if path in self.paths:
+            raise DataError(f"{source}: its {name} and an image of {self.paths[path]} are both {path}; decode them into different folders")
+        self.paths[path] = source
         return path
 
     def _path(self, source: Path, image_id: str) -> Path:
@@ -192,7 +186,7 @@ class _Target:
         stem = last[: last.rindex(".")] if Path(last).suffix.lower() in self.image_suffixes else last
         path = folder / f"{stem}.png"
         # a.png and a.jpg of one folder: the second keeps its whole name.
-        return folder / f"{last}.png" if self.written.get(path) == source else path
+        return folder / f"{last}.png" if self.paths.get(path) == source else path
 
 
 def _name(image_id: str, flipped: bool) -> str:
