@@ -145,6 +145,15 @@ def test_a_model_with_the_same_latents_decodes(decode: Run, make: Callable[..., 
     assert images[1] > images[0]
 
 
+def test_a_folder_that_grows_meanwhile_is_one_line(
+    decode: Run, make: Callable[..., Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokens(tmp_path / "a.tok.safetensors", make("a.png", "b.png"))
+    monkeypatch.setattr("texttok_cli.commands.decode._names", lambda path: ["a.png"])  # what was listed before b.png came
+    run = decode(tmp_path / "a.tok.safetensors", "-o", tmp_path / "out")
+    assert run.code == 1 and "still being written; run the same command again" in one_line(run.err)
+
+
 def test_a_model_that_is_not_bundled_is_named(texttok: Run, make: Callable[..., Tokens], models: Path, tmp_path: Path) -> None:
     save_tokens(tmp_path / "a.tok.safetensors", make("a.png"))
     run = texttok("decode", tmp_path / "a.tok.safetensors", "--model", models / "text.safetensors", "--device", "cpu")

@@ -159,10 +159,12 @@ class _Target:
         self._left = {source: iter([self._claim(source, name) for name in own]) for source, own in names.items()}
 
     def next(self, source: Path, input_sha256: str) -> Path:
-        """Where the next image of this input goes. DataError rather than over the file that was encoded."""
+        """Where the next image of this input goes. DataError rather than over the file that was encoded, or for more images than listed."""
         from texttok_cli.files import sha256_file
 
-        path = next(self._left[source])
+        path = next(self._left[source], None)
+        if path is None:
+            raise DataError(f"{source}: has more images than at first: it is still being written; run the same command again")
         if path.is_file() and sha256_file(path) == input_sha256:
             raise DataError(f"{path}: is the very image that was encoded; choose another --out")
         return path
