@@ -47,8 +47,11 @@ class Statistics(Config):
     @staticmethod
     def of(z: Tensor) -> Statistics:
         """Of the latents z (n, N, d)."""
-        flat = z.double().flatten(0, 1)  # (n*N, d)
-        return Statistics(count=len(flat), total=flat.sum(0).tolist(), squares=flat.square().sum(0).tolist())
+        total = squares = z.new_zeros(z.shape[-1], dtype=torch.float64)
+        for part in torch.split(z, 256):  # all of a shard in float64 would take more memory than the rest of its writing
+            flat = part.double().flatten(0, 1)  # (tokens, d)
+            total, squares = total + flat.sum(0), squares + flat.square().sum(0)
+        return Statistics(count=len(z) * z.shape[1], total=total.tolist(), squares=squares.tolist())
 
     def plus(self, other: Statistics) -> Statistics:
         """Of both sets."""
