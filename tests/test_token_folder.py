@@ -11,7 +11,7 @@ from tiny_tokens import MODEL, make, make_codes
 
 from texttok_cli import token_folder as module
 from texttok_cli.errors import TokenFileError
-from texttok_cli.token_folder import TokenFolder, read_index, read_shards
+from texttok_cli.token_folder import Statistics, TokenFolder, read_index, read_shards
 from texttok_cli.tokens import Tokens, concatenate, load_tokens, select
 
 
@@ -82,6 +82,13 @@ def test_the_index_says_whether_the_run_came_to_its_end_and_describes_what_is_th
     assert index.std == pytest.approx(z.std(0, correction=0).tolist())
     fill(tmp_path, make(1, first=10))
     assert not read_index(tmp_path).complete
+
+
+def test_statistics_of_many_images_are_those_of_the_whole() -> None:
+    z = torch.randn(600, 3, 8).half()
+    found, whole = Statistics.of(z), z.double().flatten(0, 1)
+    assert found.count == len(whole)
+    torch.testing.assert_close(torch.tensor([found.total, found.squares]).double(), torch.stack([whole.sum(0), whole.square().sum(0)]))
 
 
 def test_codes_have_no_statistics_and_a_mirrored_copy_is_another_entry(tmp_path: Path) -> None:
