@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from texttok_cli.inference import Tokenizer, bundled_models, encode_dataset, load_tokenizer
     from texttok_cli.metrics.evaluation import evaluate
     from texttok_cli.tokens import Tokens, load_tokens, save_tokens
+    from texttok_cli.training import train
 
 _HOMES = {
     "Generator": "generation",
@@ -37,6 +38,7 @@ _HOMES = {
     "load_tokens": "tokens",
     "open_dataset": "data",
     "save_tokens": "tokens",
+    "train": "training",
 }
 __all__ = [
     "Generator",
@@ -51,6 +53,7 @@ __all__ = [
     "load_tokens",
     "open_dataset",
     "save_tokens",
+    "train",
 ]
 
 

@@ -1,6 +1,7 @@
 """The generator's trainer: from tokens on disk to a generator file, exact resume, two processes, what a person gets wrong."""
 
 import json
+import re
 import signal
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -36,8 +37,6 @@ from texttok_cli.training.loop import Interrupted
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 RecipeFile = Callable[..., Path]
@@ -484,7 +483,8 @@ def test_two_processes_with_split_weights_train_as_one(recipe_file: RecipeFile, 
     with pytest.raises(Interrupted, match="step 2"):
         train(recipe, tmp_path / "two", report=Stop(2, signal.SIGTERM))
     said = launched(recipe, tmp_path / "two", **FSDP2)
-    assert "weights split over 2 processes (FSDP2)" in said
+    parts = re.search(r"weights split over 2 processes \(FSDP2\), (\d+) parts", said)
+    assert parts is not None and int(parts[1]) >= 3  # its two blocks, and the rest, of which Accelerate may take the end apart
     assert_trained_alike(tmp_path / "one", tmp_path / "two", steps=6)
     state = newest_state(tmp_path / "two")
     assert state.keys() == whole.keys() and any(key.startswith("optimizer.0.") for key in state)

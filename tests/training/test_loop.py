@@ -67,7 +67,7 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
 
-    def run(*overrides: str, **how: Any) -> SimpleNamespace:
+    def run(*overrides: str, export_fails: bool = False, **how: Any) -> SimpleNamespace:
         recipe = load_recipe(str(recipe_file()), ["training.log_every=2", "training.val_every=3", *overrides])
         folder, engine, task = RunFolder(tmp_path), Engine(recipe.training, out=tmp_path, device="cpu"), Noting(clock, **how)
         saved: list[int] = []
@@ -81,9 +81,17 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
             clock.now += 1000
             return {"val_psnr": float(step)}
 
-        found = SimpleNamespace(task=task, saved=saved, lines=[])
+        def export(path: Path, step: int) -> None:
+            if export_fails:
+                raise ConnectionError
+            clock.now += 1000
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(str(step))
+            found.exported.append((path.relative_to(tmp_path).as_posix(), step))
+
+        found = SimpleNamespace(task=task, saved=saved, exported=[], lines=[])
         with suppress(ConnectionError):
-            loop.train(recipe, task, engine, folder, batches, validate, lambda step, values: None)
+            loop.train(recipe, task, engine, folder, batches, validate, export, lambda step, values: None)
         found.lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         return found
 
@@ -104,6 +112,7 @@ def test_a_step_has_its_rate_and_its_batch_and_the_log_has_both_with_the_time_of
         assert line == pytest.approx(wanted)
     assert [line for line in found.lines if "loss" not in line] == [{"step": n, "val_psnr": n} for n in (3, 6)]
     assert found.saved == [2, 4, 6]
+    assert found.exported == [("model.safetensors", 6)]
 
 
 def test_a_run_that_was_cut_off_goes_on_at_the_saved_step_with_its_batch_and_its_log(train: Callable[..., Any]) -> None:
@@ -114,6 +123,16 @@ def test_a_run_that_was_cut_off_goes_on_at_the_saved_step_with_its_batch_and_its
     assert [rate for *_, rate in found.task.steps] == pytest.approx([0.1 * scale for scale in SCALES[4:]])
     assert [line["step"] for line in found.lines] == [1, 2, 3, 3, 4, 5, 6, 6]  # validated twice
     assert [line["images_per_s"] for line in found.lines if "loss" in line] == pytest.approx([2] * 6)
+
+
+def test_models_of_earlier_steps_are_kept_as_asked_also_one_whose_writing_was_cut_off(train: Callable[..., Any]) -> None:
+    every = ("training.export_every=2", "training.save_every=2", "training.log_every=1")
+    assert train(*every, export_fails=True).exported == []
+    found = train(*every)
+    assert [step for _, step, _ in found.task.steps] == [2, 3, 4, 5]
+    of_step = "models/step-{:08d}.safetensors"
+    assert found.exported == [(of_step.format(2), 2), (of_step.format(4), 4), ("model.safetensors", 6)]
+    assert [line["images_per_s"] for line in found.lines if "loss" in line] == pytest.approx([2] * 6)  # of training alone
 
 
 def test_weights_after_a_bad_step_do_not_replace_saved_ones(train: Callable[..., Any]) -> None:

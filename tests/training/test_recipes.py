@@ -132,6 +132,7 @@ def test_the_plan_adds_up() -> None:
     assert numbers["images_seen"] == 1_350_000 * 256
     assert numbers["token_bytes_per_image_fp16"] == 512
     assert numbers["tokenizer_parameters_M"] == pytest.approx(175.2, abs=0.2)
+    assert numbers["discriminator_parameters_M"] == pytest.approx(23.9, abs=0.3)
     assert numbers["tokenizer_training_GFLOP_per_image"] == pytest.approx(3 * numbers["tokenizer_forward_GFLOP_per_image"])
 
 

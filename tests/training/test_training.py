@@ -20,6 +20,7 @@ from PIL import Image
 from runs import ENVIRONMENT, QUIET, Stop, launched, metrics, newest_state, train
 from safetensors.torch import load_file
 
+import texttok_cli
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
@@ -243,6 +244,34 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file: RecipeFile, t
         train(recipe_file(), tmp_path / "run", "optimizer.lr=0.5")
 
 
+def test_how_a_run_is_carried_out_may_change_when_it_goes_on(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    whole = train(recipe_file(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe_file(), tmp_path / "parts", report=Stop(3, signal.SIGTERM))
+    said: list[str] = []
+    changes = [f"data.val={pictures}", "data.workers=1", "training.checkpointing=true", "training.log_every=2", "training.save_every=1"]
+    parts = train(recipe_file(), tmp_path / "parts", *changes, report=Reporter(said.append, lambda *_: None, pytest.fail))
+    assert_same_bits(whole, parts)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 6]
+    keys = {change.partition("=")[0] for change in changes}
+    (line,) = [line for line in said if "goes on with another" in line]
+    assert set(line.partition("another ")[2].split(", ")) == keys
+    assert train(recipe_file(), tmp_path / "parts", *changes) and load_recipe(str(tmp_path / "parts" / "recipe.yaml")).data.workers == 1
+
+
+def test_models_of_earlier_steps_are_those_that_a_run_of_so_many_steps_leaves(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """But for the schedule, which is constant here; what is kept changes nothing of the run."""
+    constant = "schedule={steps: 6, decay_fraction: 0}"
+    whole = train(recipe_file(), tmp_path / "whole", constant)
+    assert_same_bits(whole, train(recipe_file(), tmp_path / "kept", constant, "training.export_every=2"))
+    train(recipe_file(), tmp_path / "short", constant.replace("6", "4"))
+    kept = sorted((tmp_path / "kept" / "models").iterdir())
+    assert [file.name for file in kept] == ["step-00000002.safetensors", "step-00000004.safetensors"]
+    assert_same_bits(load_file(kept[1]), load_file(tmp_path / "short" / "model.safetensors"))
+    trained, short = (read_tokenizer_info(file).header.training for file in (kept[1], tmp_path / "short" / "model.safetensors"))
+    assert trained == short and (trained["steps"], trained["images_seen"]) == (4, 16)
+
+
 def test_a_field_that_is_new_since_a_run_began_does_not_end_it(recipe_file: RecipeFile, tmp_path: Path) -> None:
     train(recipe_file(), tmp_path / "run")
     file = tmp_path / "run" / "recipe.yaml"
@@ -371,6 +400,17 @@ def test_a_finished_run_is_left_alone(recipe_file: RecipeFile, tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_training_from_python_is_what_the_command_does(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    images = shutil.copytree(pictures, tmp_path / "images")
+    (images / "even" / "cut.png").write_bytes((images / "even" / "00.png").read_bytes()[:60])
+    overrides = [f"data.train={images}", "schedule.steps=9"]  # more than an epoch: the damaged one is drawn
+    with pytest.warns(UserWarning, match=r"skipped even/cut"):
+        model = texttok_cli.train(recipe_file(), *overrides, out=tmp_path / "python", device="cpu", offline=True)
+    assert model == tmp_path / "python" / "model.safetensors"
+    train(recipe_file(), tmp_path / "command", *overrides)
+    assert_same_bits(load_file(model), load_file(tmp_path / "command" / "model.safetensors"))
+
+
 def test_two_runs_do_not_train_in_one_folder_at_once(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "WORKERS_END", 0)
     with alone_in(tmp_path / "run"):

@@ -133,6 +133,7 @@ class TrainConfig(Config):
     log_every: int = Field(50, ge=1)
     save_every: int = Field(5000, ge=1)
     val_every: int = Field(5000, ge=1)
+    export_every: int | None = Field(None, ge=1)  # also keep the model of every so many steps, as OUT/models/step-00050000.safetensors
 
 
 class TokenizerTraining(TrainConfig):

@@ -29,6 +29,8 @@ class DiT(nn.Module):
     self-attention of each block (Sec. 4.1, following PixArt), whose output projection starts at zero.
     """
 
+    _no_split_modules = ("DiTBlock",)  # as transformers' models say it: what FSDP gathers at once
+
     latent_mean: Tensor
     latent_std: Tensor
     positions: Tensor

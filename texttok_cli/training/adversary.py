@@ -51,15 +51,17 @@ class Adversary:
 
     def backward(self, real: Tensor, fake: Tensor, step: int, share: float) -> dict[str, Tensor]:
         """Add `share` of the discriminator's gradient on these images, both (B, 3, H, W) in [0, 1]; returns scalars to log."""
+        if self.cfg.r1 and step % self.cfg.r1_every == 0:
+            # By itself and first: its graph, of second order and in fp32, is larger than that of the logits; no GPU need hold both.
+            penalty = self.cfg.r1 * self.cfg.r1_every * r1_penalty(self.discriminator, real)
+            (share * penalty).backward()  # type: ignore[no-untyped-call]
+            self._r1 = {"d_r1": penalty.detach()}
         with self.engine.autocast():
             logits = self.discriminator(torch.cat([real, fake]))
         real_logits, fake_logits = logits.float().chunk(2)
         losses = {"d_gan": discriminator_loss(real_logits, fake_logits, self.cfg.kind)}
         if self.cfg.lecam:
             losses["d_lecam"] = self.cfg.lecam * self.lecam(real_logits, fake_logits)
-        if self.cfg.r1 and step % self.cfg.r1_every == 0:
-            losses["d_r1"] = self.cfg.r1 * self.cfg.r1_every * r1_penalty(self.discriminator, real)
-            self._r1 = {"d_r1": losses["d_r1"].detach()}
         (share * torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
         means = torch.stack([real_logits.mean(), fake_logits.mean()]).detach()
         self._logits += share * means

@@ -21,12 +21,17 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.optim import Optimizer
 
 from texttok_cli.config.recipe import TrainConfig
 from texttok_cli.errors import BackendError, RecipeError
 from texttok_cli.training.sharding import whole
+
+# Hours that processes wait for one another before they take it for lost: for the main one while it validates or writes, and while it
+# embeds a training set's captions.
+VALIDATING, EMBEDDING = 1, 24
 
 
 class Engine:
@@ -45,8 +50,7 @@ class Engine:
         self.accelerator = Accelerator(
             # Not left to Accelerate: without an accelerator it takes every process of a launch for a run of its own.
             cpu=device == "cpu" or (device == "auto" and not torch.accelerator.is_available()),
-            # The others wait while one process validates or embeds a training set's captions.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=EMBEDDING if cfg.text_cache else VALIDATING))],
             mixed_precision="bf16" if cfg.precision == "bf16" else "no",
             dynamo_plugin=dynamo,
             log_with=list(cfg.trackers) or None,
@@ -58,6 +62,8 @@ class Engine:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
+            if plugin.auto_wrap_policy is None:  # the launch names none: the whole model would be gathered at once
+                plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by what the model says must stay together
             plugin.cpu_ram_efficient_loading = False  # every process builds the model from the seed; that path can't take buffers
             if cfg.precision == "bf16":
                 # Accelerate's policy would round times and latents to bf16, and sum gradients in it.
@@ -71,6 +77,7 @@ class Engine:
         if device not in ("auto", self.device.type):
             raise BackendError(f"--device {device}: training uses {self.device.type} on this machine; leave it out, or use cpu")
         self.sharded: bool = self.accelerator.is_fsdp2
+        self.gathered_parts = 0  # into which FSDP2 split the prepared model
         whole_models = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in whole_models and not (sharding and self.sharded):
             kind = self.accelerator.distributed_type.value
@@ -91,6 +98,7 @@ class Engine:
         until the run is `finishing`.
         """
         self._module = self.accelerator.prepare(model, *optimizers)[0] if self.sharded else self.accelerator.prepare(model)
+        self.gathered_parts = sum(isinstance(module, FSDPModule) for module in self._module.modules())
         return weakref.proxy(self._module)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:

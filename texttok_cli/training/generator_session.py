@@ -65,7 +65,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     )
     stores[0] = replace(stores[0], z=loader.z)  # lets go of the machine's copy of what lies on the device
     if engine.sharded:
-        report.message(f"weights split over {engine.world_size} processes (FSDP2)")
+        report.message(f"weights split over {engine.world_size} processes (FSDP2), {engine.gathered_parts} parts, gathered in turn")
     if not loader.resident:
         report.message("the latents stay in CPU memory: they would use too much GPU memory")
     preview: _Preview | None = None
@@ -82,22 +82,26 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
             run.save_grid(step, preview.reconstructions, preview.draw(dit))
         return task.validate(dit, known.conditioners[1], _ordered(stores[1], recipe.training.val_latents, engine.device))
 
-    steps = recipe.schedule.steps
+    def export(path: Path, step: int) -> None:
+        dit = task.averaged()  # of shards in all processes
+        if engine.is_main:
+            save_generator(
+                path,
+                dit,
+                tokenizer_name=tokenizer.name,
+                tokenizer_sha256=tokenizer.sha256,
+                classes=known.classes,
+                class_counts=known.class_counts,
+                train_captions=known.captions,
+                training=history(recipe, step, None if start is None else start[1]),
+                dtype=DTYPES[recipe.training.weights],
+            )
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        report.progress("training", step, recipe.schedule.steps, values)
+
     with engine.finishing(together=Interrupted):
-        train(recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values))
-        dit = task.averaged()
-    if engine.is_main:
-        save_generator(
-            run.model_path,
-            dit,
-            tokenizer_name=tokenizer.name,
-            tokenizer_sha256=tokenizer.sha256,
-            classes=known.classes,
-            class_counts=known.class_counts,
-            train_captions=known.captions,
-            training=history(recipe, None if start is None else start[1]),
-            dtype=DTYPES[recipe.training.weights],
-        )
+        train(recipe, task, engine, run, loader.batches, validate, export, on_step)
     return run.model_path
 
 

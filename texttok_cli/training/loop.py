@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -50,11 +51,12 @@ def train(
     run: RunFolder,
     batches: Callable[[int], Iterator[Any]],
     validate: Callable[[int], dict[str, float]],
+    export: Callable[[Path, int], None],
     on_step: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Train to the recipe's last step, from the newest state in the run folder.
+    """Train to the recipe's last step, from the newest state in the run folder, and write the model.
 
-    `batches(k)` yields batches from the k-th on; `validate(step)` is called in every process.
+    `batches(k)` yields batches from the k-th on; `validate(step)` and `export(path, step)` are called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
     of this data or not seen by all processes, BackendError without GPU memory.
     """
@@ -64,7 +66,10 @@ def train(
         with _StopSignal() as stop:
             if missed:  # the run was cut off between saving and validating
                 _validate(begin, validate, engine, run)
-            _steps(recipe, task, engine, run, batches(begin), begin, validate, on_step, stop)
+            if _exports(recipe, begin) and engine.any(engine.is_main and not run.model_at(begin).exists()):
+                export(run.model_at(begin), begin)
+            _steps(recipe, task, engine, run, batches(begin), begin, validate, export, on_step, stop)
+            export(run.model_path, recipe.schedule.steps)
     except torch.OutOfMemoryError:
         raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
 
@@ -90,6 +95,7 @@ def _steps(
     stream: Iterator[Any],
     begin: int,
     validate: Callable[[int], dict[str, float]],
+    export: Callable[[Path, int], None],
     on_step: Callable[[int, dict[str, float]], None],
     stop: _StopSignal,
 ) -> None:
@@ -122,10 +128,19 @@ def _steps(
         if _validates(recipe, done):
             with clock.paused():
                 _validate(done, validate, engine, run)
+        if _exports(recipe, done):
+            with clock.paused():
+                export(run.model_at(done), done)
 
 
 def _validates(recipe: Recipe, step: int) -> bool:
     return step % recipe.training.val_every == 0 or step == recipe.schedule.steps
+
+
+def _exports(recipe: Recipe, step: int) -> bool:
+    """Whether a model is kept of this step; that of the last is the run's own."""
+    every = recipe.training.export_every
+    return every is not None and step % every == 0 and 0 < step < recipe.schedule.steps
 
 
 def _validate(step: int, validate: Callable[[int], dict[str, float]], engine: Engine, run: RunFolder) -> None:

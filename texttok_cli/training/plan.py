@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from texttok_cli.config.loader import AnyRecipe
-from texttok_cli.config.recipe import TokenizerRecipe
+from texttok_cli.config.recipe import AdversarialLoss, TokenizerRecipe
 from texttok_cli.config.schema import GeneratorConfig, GridLatents, PromptCondition, TextCondition, TextEncoderConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.devices import without_weights
+from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 
@@ -21,8 +24,8 @@ def plan(recipe: AnyRecipe) -> dict[str, float | int | str]:
     """Parameters, FLOPs (a multiply-add is 2) and bytes of one run of this recipe, for the trained model alone.
 
     Each key names its unit: parameters in M (1e6), FLOPs in GFLOP (1e9) per image and in EFLOP (1e18) for the run, the state in
-    GB (1e9 bytes), the tokens of an image in bytes. Steps and images are plain counts. A discriminator, a perceptual network, a
-    text encoder and activations are not counted.
+    GB (1e9 bytes), the tokens of an image in bytes. Steps and images are plain counts. A perceptual network, a text encoder and
+    activations are not counted, but for those of a discriminator: it starts late, and with R1 takes the most memory of a large step.
     """
     model, forward = count_flops(recipe.model) if isinstance(recipe, TokenizerRecipe) else count_generator_flops(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -40,7 +43,38 @@ def plan(recipe: AnyRecipe) -> dict[str, float | int | str]:
     latents = recipe.model if isinstance(recipe, TokenizerRecipe) else recipe.model.latents
     if not isinstance(latents, GridLatents):
         numbers["token_bytes_per_image_fp16"] = 2 * latents.num_tokens * latents.latent_dim
+    if isinstance(recipe, TokenizerRecipe) and recipe.objective.adversarial is not None:
+        numbers |= _of_discriminator(recipe.objective.adversarial, recipe.model.image_size)
     return numbers
+
+
+def _of_discriminator(cfg: AdversarialLoss, image_size: int) -> dict[str, float | int | str]:
+    """Its weights and what goes with them, and what its graphs keep of one real and one made image until the backward pass."""
+    with without_weights():
+        net = Discriminator(image_size, base=cfg.discriminator.base, multipliers=tuple(cfg.discriminator.multipliers))
+        images = torch.empty(2, 3, image_size, image_size)
+        graphs = {"graph": _kept(net, lambda: net(images)) / 2}  # by autocast in bf16, as it is trained
+        if cfg.r1:  # as losses.r1_penalty, whose autocast knows no meta tensors
+            x = images[:1].requires_grad_()
+            graphs["R1_graph"] = _kept(net, lambda: torch.autograd.grad(net(x).sum(), x, create_graph=True)[0].square().sum())
+    parameters = sum(p.numel() for p in net.parameters())
+    sizes = {f"discriminator_{name}_GB_per_image": kept / 1e9 for name, kept in graphs.items()}
+    return {"discriminator_parameters_M": parameters / 1e6, "discriminator_state_GB": 16 * parameters / 1e9, **sizes}
+
+
+def _kept(net: nn.Module, compute: Callable[[], Tensor]) -> int:
+    """Bytes that a computation with this network keeps for its backward pass, beside the weights."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compute()
+    for parameter in net.parameters():
+        storages.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def count_generator_flops(cfg: GeneratorConfig) -> tuple[DiT, int]:

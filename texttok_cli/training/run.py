@@ -5,6 +5,7 @@ OUT/metrics.jsonl            one JSON object a line
 OUT/state/step-00000500/     safetensors + JSON, written under another name and renamed when whole
 OUT/grids/step-00000500.png  validation images above their reconstructions, or above samples of the same conditions
 OUT/model.safetensors        the EMA weights: what `--model` of the other commands takes
+OUT/models/step-00050000.safetensors   the same of earlier steps, if the recipe asks for them
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
     from texttok_cli.training.report import Reporter
 
 
+# How a run is carried out and watched, not what it trains: these may have other values when it goes on. (`accumulate`, `checkpointing`
+# and `compile` change rounding, `accumulate` also which noise a KL bottleneck draws.)
+HANDLING = {
+    *("data.val", "data.cache", "data.workers", "training.accumulate", "training.checkpointing", "training.compile"),
+    *("training.text_cache", "training.trackers", "training.log_every", "training.save_every", "training.export_every"),
+    *("training.val_every", "training.val_images", "training.val_latents", "training.val_rfid", "training.grid_images"),
+}
 SAMPLING = "sampling"  # the section of a generator that no training depends on
 
 
@@ -60,8 +68,15 @@ class RunFolder:
         states = self._states()
         return int(states[-1].name.removeprefix("step-")) if states else 0
 
-    def open(self, recipe: Recipe) -> None:
-        """Create the folder, or go on in it; RecipeError if something was trained in it by another recipe."""
+    def model_at(self, step: int) -> Path:
+        """The model file of an earlier step."""
+        return self.path / "models" / f"step-{step:08d}.safetensors"
+
+    def open(self, recipe: Recipe) -> list[str]:
+        """Create the folder, or go on in it; which keys of HANDLING have another value from here on.
+
+        RecipeError if something was trained in it by another recipe.
+        """
         file = self.path / "recipe.yaml"
         if file.exists() and (self.metrics_path.exists() or self._states() or self.finished):
             try:  # by the schema: a field that is new since then has the value that it had before there was one
@@ -74,10 +89,13 @@ class RunFolder:
             keys = _differing_keys(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
             if SAMPLING not in said["model"]:  # the run is older than the section
                 keys = [key for key in keys if not key.startswith(f"model.{SAMPLING}.")]
-            if keys:
-                raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(keys)}); choose another --out")
-            return
+            if others := [key for key in keys if key not in HANDLING]:
+                raise RecipeError(f"{self.path}: holds a run of another recipe (differs in {', '.join(others)}); choose another --out")
+            if keys and not self.finished:
+                write_text(file, dump_recipe(recipe))
+            return keys
         write_text(file, dump_recipe(recipe))
+        return []
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -149,12 +167,13 @@ class RunFolder:
 
 def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> bool:
     """Open the run folder in all processes; whether there is anything left to train. RecipeError as `RunFolder.open`."""
-    if engine.is_main:
-        run.open(recipe)
+    changed = run.open(recipe) if engine.is_main else []
     engine.wait()
     if engine.of_main(run.finished):
         report.message(f"{run.path}: is finished")
         return False
+    if changed:
+        report.message(f"{run.path}: goes on with another {', '.join(changed)}")
     engine.start_trackers()
     return True
 
@@ -167,12 +186,12 @@ def check_start(name: str, theirs: Config, ours: Config, *, same_tokenizer: bool
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {', '.join(differs)})")
 
 
-def history(recipe: Recipe, started_from: str | None) -> dict[str, str | int]:
-    """What a model file says of its training; `started_from` is the sha256 of the model whose weights the run began with."""
+def history(recipe: Recipe, step: int, started_from: str | None) -> dict[str, str | int]:
+    """What a model file of this step says of its training; `started_from` is the sha256 of the model whose weights the run began with."""
     said: dict[str, str | int] = {
         "reproduces": recipe.reproduces,
-        "steps": recipe.schedule.steps,
-        "images_seen": recipe.schedule.steps * recipe.training.batch_size,
+        "steps": step,
+        "images_seen": step * recipe.training.batch_size,
         "texttok": __version__,
     }
     return said | ({} if started_from is None else {"started_from_sha256": started_from})

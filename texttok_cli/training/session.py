@@ -87,23 +87,26 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
         at_once = min(64, engine.batch_size // recipe.training.accumulate)
         return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images, at_once), inception)
 
-    steps = recipe.schedule.steps
-    try:
-        with engine.finishing(together=Interrupted):
-            train(
-                recipe, task, engine, run, loader.batches, validate, lambda step, values: report.progress("training", step, steps, values)
-            )
-    finally:
-        for name, reason in loader.damaged.items():
-            report.skipped(name, reason)
-    if engine.is_main:
+    def export(path: Path, step: int) -> None:
+        if not engine.is_main:
+            return
         latents_of: list[str] = []
         if start is not None and recipe.training.detokenizer_only:
             _check_frozen(task.model, start[0], start[1].name)
             latents_of = list(start[1].latents_made_by)
         else:
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(run.model_path, history(recipe, None if start is None else start[1].sha256), latents_of)
+        task.export(path, history(recipe, step, None if start is None else start[1].sha256), latents_of)
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        report.progress("training", step, recipe.schedule.steps, values)
+
+    try:
+        with engine.finishing(together=Interrupted):
+            train(recipe, task, engine, run, loader.batches, validate, export, on_step)
+    finally:
+        for name, reason in loader.damaged.items():
+            report.skipped(name, reason)
     return run.model_path
 
 
