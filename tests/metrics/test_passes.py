@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import Drawn, FakeClip
+from drawn import Drawn, FakeClip, FakeInception
 
 from texttok_cli.errors import DataError
 from texttok_cli.files import load_safetensors, save_safetensors
@@ -76,6 +76,37 @@ def test_a_resumed_pass_counts_its_images_and_cut_captions_as_one_that_was_not_i
     finished(second)
     found = second.evaluator.evidence
     assert (found.samples.n, found.references.n, second.evaluator.truncated) == (10, 9, 5)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "another metric": {"metrics": ["gfid"]},
+    "other features": {"keep": {"spatial"}},
+    "another resize": {"resize": "clean"},
+    "another network": {"sha256": "1" * 64},
+    "other images": {"fingerprint": "drawn anew"},
+    "other captions": {"captions": ["another caption"] * 8},
+    "another condition": {"texts": ["another caption"] * 8},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_is_not_gone_on_from_with_what_would_give_other_numbers(
+    other: str, fake: None, saving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(
+        *, metrics: tuple[str, ...] = ("fid",), sha256: str = "0" * 64, fingerprint: str = "drawn", resize: Any = "legacy-pytorch",
+        keep: Any = frozenset(), captions: Any = ("a caption",) * 8, texts: Any = ("a caption",) * 8,
+    ) -> Pass:  # fmt: skip
+        monkeypatch.setattr(FakeInception, "sha256", sha256)
+        monkeypatch.setattr(Drawn, "fingerprint", lambda images: fingerprint)
+        subject, evaluator = drawn(8, 8, captions=captions, texts=texts), Evaluator(metrics, resize=resize, keep=keep)
+        return Pass(subject, evaluator, ALONE, batch_size=4, state=tmp_path / "state")
+
+    with pytest.raises(Interrupted):
+        finished(run(), stop_at=2)
+    with pytest.raises(DataError, match="is the state of another evaluation"):
+        run(**OTHERS[other]).resume()
+    assert run().resume() == 4
 
 
 @pytest.mark.parametrize("change", [{"done": "x"}, {"done": 10**6}, {"done": None}])
