@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.errors import DataError
+from texttok_cli.files import sha256_file
 from texttok_cli.losses import build_perceptual
+from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import processes as processes_module
-from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
+from texttok_cli.metrics.evaluator import Batch, Evaluator, Work, perceptual_sha256
 from texttok_cli.metrics.image import psnr
 from texttok_cli.metrics.inception import Features
 from texttok_cli.metrics.processes import LAUNCHER, Processes
@@ -83,6 +86,15 @@ def test_several_models_share_the_references_features(fake: None) -> None:
         assert {name: value for name, (value, _) in evaluator.compute().items()} == pytest.approx(expected, rel=1e-6)
     state = found[0][1].evidence.state()
     assert "psnr/values" in state and not any(name.startswith("references/") for name in state)
+
+
+def test_each_model_counts_the_captions_that_were_cut_off_for_itself() -> None:
+    first = Evaluator(["clip-score"], clip=FakeClip())  # type: ignore[arg-type]
+    evaluators = [first, first.against_the_same()]
+    for evaluator, batch_size in zip(evaluators, (2, 4), strict=True):
+        for batch in Work(Drawn(8, 0), None, paired=False, captions=["a caption"] * 8).batches(batch_size):
+            evaluator.update(batch)
+    assert [evaluator.truncated for evaluator in evaluators] == [4, 2]
 
 
 @pytest.mark.parametrize("n", [1, 7, 12])
@@ -193,9 +205,10 @@ def test_given_statistics_take_the_references_place(fake: None) -> None:
     assert evaluator.compute()["gfid"][0] == pytest.approx(whole["fid"], rel=1e-8)
 
 
-def test_features_that_are_not_finite_are_refused(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value: float, fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Evaluator(["fid"])
-    bad = Features(torch.full((1, DIM), torch.nan), torch.zeros(1, DIM), None)
+    bad = Features(torch.full((1, DIM), value), torch.zeros(1, DIM), None)
     monkeypatch.setattr(evaluator.inception, "forward", lambda images: bad)
     with pytest.raises(DataError, match="image number 8: its features are not finite"):
         evaluator.update(Batch(torch.tensor([7]), Drawn(1, 0).pixels, None))
@@ -248,3 +261,14 @@ def test_perceptual_distances_are_of_images_in_0_to_1(name: str) -> None:
     expected = build_perceptual(name, offline=True)(x / 255, y / 255).mean()  # type: ignore[arg-type]
     assert evaluator.compute()[name][0] == pytest.approx(float(expected), rel=1e-5)
     assert evaluator.networks == {name: (name, ASSETS[name].sha256)}
+
+
+def test_the_hash_of_a_perceptual_network_is_of_trunk_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "resolve", lambda name, *, offline: tmp_path / name)
+    hashes = {}
+    for name in ("vgg16", "alexnet", "lpips-vgg", "lpips-alex", "stlpips-vgg"):
+        (tmp_path / name).write_text(name)
+        hashes[name] = sha256_file(tmp_path / name)
+    for name, trunk in (("lpips-vgg", "vgg16"), ("lpips-alex", "alexnet")):
+        assert perceptual_sha256(name) == f"{hashes[trunk]}+{hashes[name]}"
+    assert perceptual_sha256("stlpips-vgg") == hashes["stlpips-vgg"]  # one file holds both

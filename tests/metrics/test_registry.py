@@ -9,7 +9,7 @@ import torch
 from texttok_cli.metrics import distribution, evidence, registry
 from texttok_cli.metrics.distribution import inception_score_adm, inception_score_permuted, inception_score_shuffled, kid, precision_recall
 from texttok_cli.metrics.evidence import Evidence, Side
-from texttok_cli.metrics.inception import Features
+from texttok_cli.metrics.inception import POOL_DIM, SPATIAL_DIM, Features
 from texttok_cli.metrics.registry import METRICS
 
 POOL, SPATIAL = 16, 12
@@ -100,3 +100,13 @@ def test_the_numbers_of_the_rules_are_those_that_count() -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(kid).parameters.items()}
     assert (defaults["subsets"], defaults["subset_size"], defaults["seed"]) == (100, 1000, 0)
     assert registry.ADM_REFERENCE_LIMIT == 10_000
+
+
+def test_a_number_of_fewer_images_than_its_rule_is_about_is_warned_of() -> None:
+    """Ranks of covariances, KID's subsets, ADM's references, and what is published."""
+    enough = {"fid": POOL_DIM + 1, "sfid": SPATIAL_DIM + 1, "kid": distribution.KID_SUBSET_SIZE, "psnr": 1, "clip-score": 1}
+    enough |= dict.fromkeys(("precision", "recall"), distribution.ADM_REFERENCE_LIMIT) | dict.fromkeys(("is", "is-shuffled"), 50_000)
+    for twin, name in (("rfid", "fid"), ("gfid", "fid"), ("ris", "is"), ("gis", "is")):
+        enough[twin] = enough[name]
+    assert {name: METRICS[name].enough for name in enough} == enough
+    assert all(metric.why for metric in METRICS.values() if metric.enough > metric.least)

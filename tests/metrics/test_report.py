@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.report import MUST_AGREE, Card, Report, by_samples, compare, load_report, make_result, save_report, versions
+from texttok_cli.metrics.report import (
+    MUST_AGREE,
+    Card,
+    Report,
+    by_samples,
+    captions_sha256,
+    compare,
+    load_report,
+    make_result,
+    save_report,
+    versions,
+)
 
 BASE = {
     "rule": "a rule",
@@ -68,6 +79,11 @@ def test_a_report_of_several_models_is_taken_apart() -> None:
     parts = [report(), report(2.5, model_sha256="c" * 64), report(3.5, samples="model-b")]
     whole = Report(results=[result for part in parts for result in part.results])
     assert by_samples(whole) == parts and by_samples(parts[0]) == parts[:1] and by_samples(Report(results=[])) == []
+
+
+def test_captions_are_the_same_in_any_order_and_as_often_as_they_are_there() -> None:
+    assert captions_sha256(["a", "b", "a"]) == captions_sha256(["b", "a", "a"])
+    assert len({captions_sha256(captions) for captions in (["a", "b"], ["a", "b", "a"], ["ab"], ["a", "B"])}) == 4
 
 
 def test_numbers_are_readable() -> None:
