@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from texttok_cli.inference import load_tokenizer
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
 from texttok_cli.metrics.image import psnr, ssim
+from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.models.tokenizer import TexTok
 
 Draw = Callable[..., Path]
@@ -118,6 +120,16 @@ def test_the_paper_reconstructs_the_training_split(texttok: Run, models: Path, p
     found, said = split("--split", "train")
     assert found == "train" and "split" not in said
     assert "needs --data" in texttok(*options).err
+
+
+def test_a_protocol_takes_its_number_of_images_of_the_data(
+    texttok: Run, models: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROTOCOLS, "recon", replace(PROTOCOLS["recon"], images=4))
+    options = ("eval", "--protocol", "recon", "--metric", "psnr", "-m", models / "plain.safetensors", "--data", pictures, "--json")
+    whole, fewer = texttok(*options), texttok(*options, "-n", 3)
+    assert [json.loads(outcome.out)["results"][0]["card"]["n"] for outcome in (whole, fewer)] == [4, 3]
+    assert "protocol recon takes" not in whole.err and "3 images: protocol recon takes 4" in fewer.err
 
 
 # ------------------------------------------------------------------ samples
@@ -436,6 +448,40 @@ def test_captions_that_clip_cuts_off_are_said(texttok: Run, samples: Path, monke
     outcome = texttok(*options)
     said = "2 of 6 captions are longer than CLIP reads, so their end was cut off"
     assert said in outcome.err and json.loads(outcome.out)["results"][0]["warnings"][-1] == said
+
+
+def test_the_networks_that_measure_are_those_that_were_asked_for(
+    texttok: Run, samples: Path, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Inception(TinyInception):
+        def __init__(self, **how: Any) -> None:
+            asked.append(how)
+            super().__init__(**how)
+
+    class Clip(FakeClip):
+        def __init__(self, *which: str, device: object, offline: bool) -> None:
+            asked.append((*which, offline))
+
+    monkeypatch.setattr(evaluator_module, "FidInception", Inception)
+    monkeypatch.setattr("texttok_cli.metrics.evaluation.ClipScorer", Clip)
+    for sample in samples.glob("*.png"):
+        sample.with_suffix(".txt").write_text("a caption")
+    options = ("eval", "--metric", "fid,clip-score", "--samples", samples, "--ref", samples, "--json")
+    outcomes = [texttok(*options)]
+    own = ("--inception", tmp_path / "whole.pth", "--clip", "RN50", "--clip-weights", "yfcc15m", "--resize", "clean", "--offline")
+    outcomes.append(texttok(*options, *own))
+    assert asked == [
+        ("ViT-B-32-quickgelu", "openai", False),
+        {"resize": "tf1-bilinear", "head": False, "weights": None, "offline": False},
+        ("RN50", "yfcc15m", True),
+        {"resize": "clean", "head": True, "weights": tmp_path / "whole.pth", "offline": True},  # the file is of the whole network
+    ]
+    for outcome, resize in zip(outcomes, ("tf1-bilinear", "clean"), strict=True):
+        cards = [result["card"] for result in json.loads(outcome.out)["results"]]
+        said = [(card["network"], card["network_sha256"], card["resize"]) for card in cards]
+        assert said == [("inception-v3 of 2015-12-05", "0" * 64, resize), ("fake", "0" * 64, None)]
 
 
 def test_inception_scores_of_blocks_of_one_class_are_warned_of(texttok: Run, fake: None, tmp_path: Path) -> None:

@@ -174,3 +174,11 @@ def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"something else")
     with pytest.raises(BackendError, match=r"broken.pt: not weights of tiny-clip"):
         ClipScorer("tiny-clip", str(broken))
+
+
+@pytest.mark.parametrize("variable", ["TEXTTOK_OFFLINE", "HF_HUB_OFFLINE"])
+def test_nothing_is_downloaded_where_the_environment_says_offline(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda config: pytest.fail("a download"))
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(BackendError, match=r"not downloaded with --offline: name a local file with --clip-weights"):
+        ClipScorer()
