@@ -8,7 +8,15 @@ import pytest
 import torch
 from tiny_generator import BY_CLASS, CLASSES, save_tiny_generator
 
-from texttok_cli.checkpoint import caption_hash, load_generator_file, load_tokenizer_file, model_name, read_tokenizer_info, save_tokenizer
+from texttok_cli.checkpoint import (
+    caption_hash,
+    find_tokenizer_file,
+    load_generator_file,
+    load_tokenizer_file,
+    model_name,
+    read_tokenizer_info,
+    save_tokenizer,
+)
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import load_safetensors, save_safetensors, sha256_file
 from texttok_cli.models.dit import DiT
@@ -87,6 +95,23 @@ def test_half_a_model_file_and_a_torch_pickle_are_refused(models: Path, tmp_path
 
 def test_who_a_tokenizer_is_can_be_read_without_its_weights(models: Path) -> None:
     assert read_tokenizer_info(models / "text.safetensors") == load_tokenizer_file(models / "text.safetensors")[1]
+
+
+@pytest.mark.parametrize(("said", "meant"), [(None, []), ("ab" * 32, ["ab" * 32])])
+def test_a_model_of_before_its_latents_could_be_several_models_is_read(
+    said: object, meant: list[str], models: Path, tmp_path: Path
+) -> None:
+    assert read_tokenizer_info(damaged(models, tmp_path, lambda h, t: h.update(latents_of=said))).header.latents_of == meant
+
+
+def test_a_tokenizer_is_found_by_its_hash_rather_than_by_its_latents_among_files_of_any_kind(models: Path, tmp_path: Path) -> None:
+    own, sharper, other = models / "text.safetensors", tmp_path / "sharper.safetensors", tmp_path / "other.safetensors"
+    model, info = load_tokenizer_file(own)
+    save_tokenizer(sharper, model, training={}, latents_of=["ab" * 32, info.sha256])
+    other.write_bytes(b"something else")
+    assert find_tokenizer_file([other, sharper, own], info.sha256) == own
+    assert find_tokenizer_file([other, sharper], info.sha256) == sharper
+    assert find_tokenizer_file([other, sharper, own], "cd" * 32) is None
 
 
 # ------------------------------------------------------------------ generators

@@ -70,6 +70,13 @@ def test_statistics_are_those_of_all_stored_latents(dtype: str, tmp_path: Path) 
     assert index.mean == pytest.approx(mean.tolist()) and index.std == pytest.approx(std.tolist())
 
 
+def test_a_channel_that_never_varies_has_no_spread_whatever_rounding_says() -> None:
+    """The mean of squares may come out below the square of the mean, whose root would be no real number."""
+    for n in range(1, 120):
+        [std] = Statistics.of(torch.full((1, n, 1), 0.1)).std
+        assert isinstance(std, float) and std < 1e-6
+
+
 def test_the_index_says_whether_the_run_came_to_its_end_and_describes_what_is_there(tmp_path: Path) -> None:
     fill(tmp_path, make(5))
     assert not read_index(tmp_path).complete
