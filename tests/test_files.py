@@ -10,7 +10,17 @@ from pydantic import BaseModel
 
 from texttok_cli import files
 from texttok_cli.errors import DataError, TextTokError, TokenFileError
-from texttok_cli.files import META_KEY, alone_in, atomic_path, load_safetensors, parse_header, read_header, save_safetensors, write_json
+from texttok_cli.files import (
+    META_KEY,
+    alone_in,
+    atomic_path,
+    load_safetensors,
+    parse_header,
+    read_header,
+    save_safetensors,
+    write_json,
+    write_text,
+)
 
 
 def raw(tensors: dict[str, object], data: bytes = b"", meta: object = None) -> bytes:
@@ -49,6 +59,18 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -
     with pytest.raises(TypeError):
         write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1} and names(tmp_path) == ["a.json"]
+
+
+def test_an_error_names_the_file_that_it_is_about(tmp_path: Path) -> None:
+    for name, named in ((None, str(tmp_path / "a")), ("elsewhere", "elsewhere")):
+        with pytest.raises(OSError, match="No space") as error, atomic_path(tmp_path / "a"):
+            raise OSError(28, "No space left on device", name)
+        assert error.value.filename == named
+
+
+def test_a_file_name_of_other_bytes_is_written_escaped(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "caf\u00e9 \udcff.png")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "caf\u00e9 \\udcff.png"
 
 
 def test_a_file_gets_the_rights_the_umask_gives(tmp_path: Path) -> None:
