@@ -103,6 +103,31 @@ def test_latents_of_another_shape_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.zeros(1, 5, 8), "a")
 
 
+def test_no_latents_and_latents_of_another_type(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"latents are \(0, 4, 8\), not \(B, 4, 8\)"):
+        tokenizer.decode(torch.zeros(0, 4, 8), [])
+    z = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert all(torch.equal(tokenizer.decode(again, "a"), tokenizer.decode(z, "a")) for again in (z.float(), z.double()))
+
+
+def test_a_model_without_vector_quantisation_has_no_codes(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="text: has no codes"):
+        tokenizer.encode_codes(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "a")
+    with pytest.raises(DataError, match="text: has no codes"):
+        tokenizer.lookup(torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("where", "reads"), [("both", True), ("detokenizer", True), ("tokenizer", False)])
+def test_a_detokenizer_reads_text_where_it_is_conditioned_on_it(
+    where: str, reads: bool, tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    condition = {"source": "caption", "where": where, "encoder": {"kind": "hash", "dim": 16, "max_tokens": 24}}
+    tokenizer = load_tokenizer(save_model(tmp_path / "m.safetensors", 0, condition), device="cpu")
+    z = tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "a red flower")
+    assert tokenizer.detokenizer_reads_text == reads
+    assert torch.equal(tokenizer.decode(z, "a red flower"), tokenizer.decode(z, "a dog")) != reads
+
+
 def test_captions_must_match_the_model_and_the_images(tokenizer: Tokenizer, models: Path) -> None:
     z = torch.zeros(2, 4, 8)
     with pytest.raises(DataError, match=r"2 image\(s\) and 1 caption\(s\)"):
@@ -257,6 +282,15 @@ def test_the_hub_is_left_alone_offline(variable: str, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=r"^hf://owner/name: could not download model.safetensors: not in the cache$"):
         find_model("hf://owner/name")
     assert asked == [True]
+
+
+def test_offline_holds_for_the_text_encoder_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    honest = inference.load_text_encoder
+    monkeypatch.setattr(inference, "load_text_encoder", lambda cfg, **how: asked.append(how["offline"]) or honest(cfg, **how))
+    for offline in (False, True):
+        load_tokenizer(models / "text.safetensors", device="cpu", offline=offline)
+    assert asked == [False, True]
 
 
 def test_a_malformed_hub_name_is_one_line() -> None:

@@ -503,8 +503,9 @@ def test_a_vq_models_tokens_are_its_codes_and_decode_looks_them_up(
     assert torch.equal(pixels, tokenizer.decode(tokenizer.encode(image))[0])
     refused = texttok("encode", image, "--model", model, "--device", "cpu", "--dtype", "fp16")
     assert refused.code == 1 and "its tokens are codes, whole numbers: leave out --dtype fp16" in one_line(refused.err)
-    with pytest.raises(DataError, match="its codes are 0 to 99"):
-        tokenizer.lookup(torch.tensor([[100, 0, 0, 0]]))
+    for code in (100, -1):
+        with pytest.raises(DataError, match="its codes are 0 to 99"):
+            tokenizer.lookup(torch.tensor([[code, 0, 0, 0]]))
 
 
 def test_mirrored_copies_are_decoded_under_names_of_their_own(encode: Run, texttok: Run, draw: Draw, tmp_path: Path) -> None:
