@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,18 @@ import texttok_cli
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.checkpoint import read_tokenizer_info
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor
+from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor, to_uint8
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
 from texttok_cli.files import alone_in, save_safetensors, sha256_file
-from texttok_cli.models.bottleneck import DEAD_USAGE, USAGE_DECAY
+from texttok_cli.metrics.image import psnr, ssim
+from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
+from texttok_cli.models.bottleneck import DEAD_USAGE, USAGE_DECAY, code_usage
 from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training import session
 from texttok_cli.training.conditioning import class_ids
+from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.loop import Interrupted, _StopSignal
 from texttok_cli.training.report import Reporter
@@ -117,6 +121,54 @@ def test_latent_statistics_are_those_of_all_training_images(recipe_file: RecipeF
     z = tokenizer.encode(files, [file.with_suffix(".txt").read_text() for file in files]).flatten(0, 1).double()
     torch.testing.assert_close(tokenizer.model.latent_mean.double(), z.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tokenizer.model.latent_std.double(), z.std(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_is_of_the_averaged_weights_and_a_mean_over_images(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of batches that are not equally large, and of images as they are stored: in their range."""
+    monkeypatch.setattr("texttok_cli.training.tokenizer_task.POOL_DIM", 3)
+    recipe = load_recipe(str(recipe_file()), ["model.condition={source: none}", "model.bottleneck={kind: vq, codes: 16}"])
+
+    def condition(indices: Any) -> dict[str, Any]:
+        return {"cond": None}
+
+    def distance(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return (real - fake).abs().mean(dim=(1, 2, 3))
+
+    def inception(images: torch.Tensor) -> Any:
+        return SimpleNamespace(pool=images.float().mean(dim=(2, 3)))
+
+    task = TokenizerTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), condition, distance)
+    with torch.no_grad():
+        for parameter in task.ema_model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+        images[4] //= 8
+        output, latents = task.ema_model(images / 127.5 - 1, None)
+    assert output.abs().max() > 1.1
+    output = output.clamp(-1, 1)
+    pixels, batches = (
+        to_uint8(output),
+        [SimpleNamespace(images=images[part], indices=torch.arange(5)[part]) for part in (slice(4), slice(4, 5))],
+    )
+    found = task.validate(condition, batches, inception)  # type: ignore[arg-type]
+    sides = []
+    for side in (images, pixels):
+        sides.append(RunningGaussian(3))
+        sides[-1].update(inception(side).pool)
+    assert found == pytest.approx(
+        {
+            "val_psnr": float(psnr(images, pixels).mean()),
+            "val_ssim": float(ssim(images, pixels).mean()),
+            "val_perceptual": float(distance(images / 255, (output + 1) / 2).mean()),
+            **{f"val_{name}": value for name, value in code_usage(latents.codes, 16).items()},
+            "val_rfid": frechet_distance(*(side.gaussian() for side in sides)),
+        },
+        rel=1e-5,
+    )
+    one = task.validate(condition, batches[1:], inception)  # type: ignore[arg-type]
+    assert "val_rfid" not in one and one["val_perceptual"] != pytest.approx(found["val_perceptual"], rel=0.1)
 
 
 def test_accumulation_equals_one_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
@@ -206,6 +258,15 @@ def test_bad_steps_between_good_ones_are_no_reason_to_roll_back() -> None:
     assert not guard.accepts(bad) and guard.wants_roll_back
     guard.reset(skipped=6)
     assert not guard.wants_roll_back and guard.skipped == 6
+
+
+def test_a_guard_that_is_saved_goes_on_as_it_would_have() -> None:
+    guard, good, bad = Guard(spike=3.0), torch.tensor(2.0), torch.tensor(float("nan"))
+    assert [guard.accepts(norm) for norm in (good, bad, bad)] == [True, False, False]
+    again = Guard(spike=3.0)
+    again.load_state(guard.state())
+    assert (again.typical, again.taken, again.skipped) == (2, 1, 2) and not again.wants_roll_back
+    assert not again.accepts(bad) and again.wants_roll_back
 
 
 def test_a_loss_that_starts_late_makes_the_guard_begin_anew(recipe_file: RecipeFile, tmp_path: Path) -> None:
@@ -357,6 +418,21 @@ def test_validation_is_of_images_spread_over_their_own_set_with_their_own_captio
         drawn = torch.from_numpy(np.array(grid)).permute(2, 0, 1)
     rows = (seen["grid"][1], seen["grid"][1] // 2)
     assert torch.equal(drawn, torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
+
+
+def test_validation_has_no_larger_batches_than_training(
+    recipe_file: RecipeFile, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def validate(task: TokenizerTask, condition: Any, batches: Any, inception: Any) -> dict[str, float]:
+        sizes.extend(len(batch.images) for batch in batches)
+        return {"val_psnr": 0.0}
+
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
+    training = {"accumulate": 2, "val_images": 5}
+    train(recipe_file(data={"val": [str(pictures)]}, training=training, schedule={"steps": 1}), tmp_path / "run")
+    assert sizes == [2, 2, 1]
 
 
 def test_signals_to_the_whole_job_leave_the_workers_at_work(pictures: Path) -> None:
@@ -613,6 +689,9 @@ def test_a_run_starts_from_a_models_weights(recipe_file: RecipeFile, tmp_path: P
     a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
     torch.testing.assert_close(a["patch_tokens"], b["patch_tokens"], atol=1e-5, rtol=0)
     assert not torch.equal(a["patch_tokens"], b["patch_tokens"])
+    said = read_tokenizer_info(tmp_path / "second" / "model.safetensors").header.training
+    assert (said["steps"], said["images_seen"], said["started_from_sha256"]) == (1, 4, sha256_file(first))
+    assert "started_from_sha256" not in read_tokenizer_info(first).header.training
     with pytest.raises(RecipeError, match=r"start_from: .*differs in num_tokens"):
         train(recipe_file(), tmp_path / "third", f"training.start_from={first}", "model.num_tokens=5")
 
