@@ -41,8 +41,8 @@ def distance(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 def step(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """A task, copies of its networks from before, images in [-1, 1], and what the step numbered so said."""
 
-    def run(number: int) -> tuple[TokenizerTask, Any, Any, torch.Tensor, dict[str, torch.Tensor]]:
-        recipe = load_recipe(str(recipe_file()), CHANGES)
+    def run(number: int, *more: str) -> tuple[TokenizerTask, Any, Any, torch.Tensor, dict[str, torch.Tensor]]:
+        recipe = load_recipe(str(recipe_file()), [*CHANGES, *more])
         task = TokenizerTask(recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda indices: {"cond": None}, distance)
         assert task.adversary is not None
         torch.manual_seed(7)
@@ -57,6 +57,11 @@ def step(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]
         return task, model, discriminator, images / 127.5 - 1, values
 
     return run
+
+
+def again(x: torch.Tensor) -> Batch:
+    """Those images in [-1, 1] as a batch."""
+    return Batch(((x + 1) * 127.5).round().to(torch.uint8), torch.arange(len(x)))
 
 
 def test_every_term_has_its_weight_and_every_gradient_its_side(step: Callable[..., Any]) -> None:
@@ -88,8 +93,9 @@ def test_every_term_has_its_weight_and_every_gradient_its_side(step: Callable[..
         torch.testing.assert_close(parameter.grad, gradient * CLIP / norm, rtol=1e-3, atol=1e-6)
 
 
-def test_what_the_step_leaves(step: Callable[..., Any]) -> None:
-    task, model, discriminator, x, _ = step(2)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_the_step_leaves(parts: int, step: Callable[..., Any]) -> None:
+    task, model, discriminator, x, _ = step(2, f"training.accumulate={parts}")
     (group,) = task.adversary.optimizer.param_groups
     assert (group["lr"], tuple(group["betas"])) == (3e-3, (0.3, 0.8))
     with torch.no_grad():
@@ -103,6 +109,62 @@ def test_what_the_step_leaves(step: Callable[..., Any]) -> None:
         assert moved == pytest.approx(3e-3 if before is discriminator else 1e-3, rel=0.01)
     averaged = dict(task.ema_model.named_parameters())
     assert all(torch.equal(averaged[name], parameter) for name, parameter in task.model.named_parameters())  # the first is a copy
+
+
+def test_the_adversary_s_weight_rises_over_its_ramp_and_stays(step: Callable[..., Any]) -> None:
+    task, *_ = step(0)
+    assert task.adversary is not None
+    assert [task.adversary.weight(number) for number in range(1, 8)] == pytest.approx([0.7 / 4, 0.7 / 2, 0.7 * 3 / 4, *[0.7] * 4])
+
+
+def test_a_second_step_moves_the_averages_by_their_decays(step: Callable[..., Any]) -> None:
+    task, _, _, x, _ = step(2, "training.ema=0.6")
+    first, discriminator = deepcopy(task.ema_model), deepcopy(task.adversary.discriminator)
+    ema_real = task.adversary.lecam.ema_real.clone()
+    task.step(again(x), 3)
+    for averaged, before, now in zip(task.ema_model.parameters(), first.parameters(), task.model.parameters(), strict=True):
+        torch.testing.assert_close(averaged, 0.6 * before + 0.4 * now)
+    assert not torch.equal(first.to_pixels.weight, task.model.to_pixels.weight)
+    with torch.no_grad():
+        mean = discriminator((x + 1) / 2).mean()
+    torch.testing.assert_close(task.adversary.lecam.ema_real, 0.75 * ema_real + 0.25 * mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_seed_decides_on_the_initial_weights(step: Callable[..., Any]) -> None:
+    one, same, other = (step(0, f"training.seed={seed}")[1].patch_embed.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_perceptual_loss_that_starts_late_makes_the_guard_begin_anew(step: Callable[..., Any]) -> None:
+    late = "objective.perceptual={net: stlpips-alex, weight: 0.3, start: 1}"
+    task, _, _, x, values = step(0, late, "objective.adversarial.start=9")
+    assert "perceptual" not in values and task.guard.taken == 1
+    assert task.step(again(x), 1)["perceptual"] > 0 and task.guard.taken == 1
+    task.step(again(x), 2)
+    assert task.guard.taken == 2
+
+
+def test_the_adaptive_weight_is_the_other_losses_gradient_over_the_adversary_s(step: Callable[..., Any]) -> None:
+    _, model, discriminator, x, values = step(2, "objective.adversarial.adaptive=true")
+    real, fake = (x + 1) / 2, (model(x, None)[0] + 1) / 2
+    others = 2 * (real - fake).square().mean() + 0.3 * (real - fake).abs().mean()
+    gan = F.softplus(-discriminator(fake)).mean()
+    slopes = [torch.autograd.grad(value, model.to_pixels.weight, retain_graph=True)[0].norm() for value in (others, gan)]
+    expected = 0.7 * 2 / 4 * slopes[0] / (slopes[1] + 1e-4) * gan
+    torch.testing.assert_close(values["gan"], expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_whose_discriminator_s_gradient_is_bad_leaves_all_as_it_was(
+    step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _, _, x, _ = step(2, "model.bottleneck={kind: vq, codes: 16}")
+    assert task.adversary is not None
+    before = {name: value.clone() for name, value in task.state().items()}
+    monkeypatch.setattr(task.adversary, "gradient_norm", lambda: torch.tensor(float("nan")))
+    task.step(again(x.flip(0)), 3)
+    after = task.state()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"guard.skipped", "guard.in_a_row"}
 
 
 def test_between_the_steps_of_r1_there_is_none(step: Callable[..., Any]) -> None:
