@@ -65,6 +65,11 @@ def test_distance_without_full_rank_is_finite_and_symmetric() -> None:
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
 
 
+def test_equal_sets_are_no_less_than_zero_apart() -> None:
+    same = [gaussian_of(features(50, seed=seed)) for seed in range(10)]
+    assert all(0 <= frechet_distance(one, one) < 1e-6 for one in same)
+
+
 def test_statistics_of_different_features_are_refused() -> None:
     with pytest.raises(ValueError, match="12 and of 8"):
         frechet_distance(gaussian_of(features(20)), gaussian_of(features(20, 8)))

@@ -84,4 +84,4 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         root = vectors * values.clamp_min(0).sqrt()
     product = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp_min(0)
     trace = a.covariance.trace() + b.covariance.trace() - 2 * product.sqrt().sum()
-    return float((a.mean - b.mean).square().sum() + trace)
+    return float(((a.mean - b.mean).square().sum() + trace).clamp_min(0))  # of equal sets rounding may leave less, printed as -0.0000
