@@ -71,7 +71,7 @@ def train(
             _steps(recipe, task, engine, run, batches(begin), begin, validate, export, on_step, stop)
             export(run.model_path, recipe.schedule.steps)
     except torch.OutOfMemoryError:
-        raise BackendError("out of GPU memory: raise training.accumulate, or set training.checkpointing=true") from None
+        raise BackendError("out of GPU memory: go on with a higher training.accumulate or training.checkpointing=true") from None
 
 
 def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
