@@ -623,6 +623,25 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
     assert row["metric"] == "psnr" and len(row["values"]) == 2 and set(row["unlike"]) == {"n", "n_reference", "reference_sha256"}
 
 
+def test_how_a_model_was_run_is_said_where_it_differs(texttok: Run, models: Path, pictures: Path, tmp_path: Path) -> None:
+    """Such numbers may be compared, so the exit code is 0."""
+    options = ("eval", "--metric", "psnr", "-m", models / "text.safetensors", "--data", pictures)
+    reports = {"captions": (), "none": ("--no-caption",), "bf16": ("--precision", "bf16")}
+    for name, how in reports.items():
+        assert texttok(*options, *how, "-o", tmp_path / f"{name}.json").code == 0
+    files = [option for name in reports for option in ("--compare", tmp_path / f"{name}.json")]
+    compared = texttok("eval", *files, "--html", tmp_path / "page.html")
+    line = (
+        "also different: text: caption: first caption (captions, bf16) | none (--no-caption) (none);"
+        " precision: fp32 (captions, none) | bf16 (bf16)"
+    )
+    assert compared.code == 0 and compared.err == f"{line}\n" and line in (tmp_path / "page.html").read_text()
+    assert "differs" not in compared.out
+    also = json.loads(texttok("eval", *files, "--json").out)["also_different"]
+    first, none = "caption: first caption", "none (--no-caption)"
+    assert also == {"text": [first, none, first], "precision": ["fp32", "fp32", "bf16"]}
+
+
 # ------------------------------------------------------------------ several models
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.report import (
+    MAY_DIFFER,
     MUST_AGREE,
     Card,
     Report,
@@ -101,21 +102,43 @@ def test_what_is_not_finite_is_no_number(tmp_path: Path) -> None:
 
 
 def test_reports_of_another_model_are_alike() -> None:
-    (row,) = compare([report(), report(2.5, samples="model-b", model_sha256="c" * 64, precision="bf16", steps="50")])
+    compared = compare([report(), report(2.5, samples="model-b", model_sha256="c" * 64, tokens=64)])
+    (row,) = compared.rows
     assert [result.value for result in row.results if result] == [1.5, 2.5]
-    assert row.unlike == {}
+    assert row.unlike == compared.also == {}
 
 
 @pytest.mark.parametrize("field", MUST_AGREE)
-def test_every_other_field_must_agree(field: str) -> None:
+def test_what_was_measured_must_agree(field: str) -> None:
     other = {"task": "generation"}.get(field, 7 if isinstance(BASE[field], int) else "other")
-    (row,) = compare([report(), report(**{field: other})])
-    assert row.unlike == {field: [BASE[field], other]}
+    compared = compare([report(), report(**{field: other})])
+    assert compared.rows[0].unlike == {field: [BASE[field], other]} and compared.also == {}
+
+
+@pytest.mark.parametrize("field", MAY_DIFFER)
+def test_how_the_model_was_run_may_differ_but_is_said(field: str) -> None:
+    """Of whoever says nothing it does not apply, or is not known."""
+    compared = compare([report(**{field: value}) for value in ("one", "other", None, "one")])
+    assert compared.rows[0].unlike == {} and compared.also == {field: ["one", "other", None, "one"]}
+    assert compared.remark(["a", "b", "c", "d"]) == f"also different: {field}: one (a, d) | other (b)"
+    assert compare([report(**{field: value}) for value in ("one", None)]).also == {}
+
+
+def test_other_versions_are_said() -> None:
+    other = report(versions={**versions(), "torch": "3.0"})
+    assert compare([report(), other]).also == {"versions.torch": [versions()["torch"], "3.0"]}
+
+
+def test_of_every_field_it_is_decided_whether_it_may_differ() -> None:
+    which_model = {"samples", "model_sha256", "tokenizer_sha256", "tokens", "channels", "codes"}
+    decided = [*MUST_AGREE, *MAY_DIFFER, "versions", *which_model, "protocol", "captions_truncated"]
+    assert sorted(decided) == sorted(Card.model_fields)
 
 
 def test_a_metric_that_one_report_lacks() -> None:
-    (row,) = compare([report(), Report(results=[])])
-    assert row.results[1] is None and row.unlike == {}
+    compared = compare([report(), Report(results=[])])
+    (row,) = compared.rows
+    assert compared.also == {} and row.results[1] is None and row.unlike == {}
 
 
 @pytest.mark.parametrize(("content", "what"), [("[]", "not a report"), ("{}", "another kind of file"), ("{", "not a report")])

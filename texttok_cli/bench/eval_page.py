@@ -15,7 +15,7 @@ from torch import Tensor
 
 from texttok_cli.bench.html import Html, bullets, definitions, details, element, figure, heading, page, paragraph, picture, table
 from texttok_cli.data import to_image
-from texttok_cli.metrics.report import Card, MetricComparison, Report, Result, compare
+from texttok_cli.metrics.report import Card, Comparison, MetricComparison, Report, Result, compare
 
 DIFFERENCE_FACTOR = 4  # a difference of 64 of 255 levels is white
 TILE_PIXELS = (168, 256)  # least and greatest width of an image on a wide screen
@@ -45,10 +45,10 @@ class Example:
 
 def eval_page(names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> str:
     """HTML of reports of one model (or set of samples) each, under these names."""
-    rows = compare(reports)
+    compared = compare(reports)
     parts = [
-        _numbers(names, reports, rows),
-        bullets(_remarks(names, reports, rows)),
+        _numbers(names, reports, compared.rows),
+        bullets(_remarks(names, reports, compared)),
         heading("Protocol cards"),
         *(_cards(name, report.results) for name, report in zip(names, reports, strict=True)),
         *_gallery(examples),
@@ -82,7 +82,7 @@ def _tokens(card: Card) -> str:
     return f"{card.tokens:,}" if card.channels is None else f"{card.tokens:,} × {card.channels:,} channels"
 
 
-def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[MetricComparison]) -> list[str]:
+def _remarks(names: Sequence[str], reports: Sequence[Report], compared: Comparison) -> list[str]:
     """What a reader of the table must know: warnings that several models share once, and where cards differ."""
     warned: dict[str, list[str]] = {}
     for name, report in zip(names, reports, strict=True):
@@ -90,9 +90,12 @@ def _remarks(names: Sequence[str], reports: Sequence[Report], rows: Sequence[Met
             for warning in result.warnings:
                 warned.setdefault(f"{result.metric}: {warning}", []).append(name)
     unlike = [
-        f"{row.metric}: not comparable, different {key}: {' | '.join(map(str, found))}" for row in rows for key, found in row.unlike.items()
+        f"{row.metric}: not comparable, different {key}: {' | '.join(map(str, found))}"
+        for row in compared.rows
+        for key, found in row.unlike.items()
     ]
-    return unlike + [line if len(of) == len(names) else f"{line} ({', '.join(of)})" for line, of in warned.items()]
+    also = [compared.remark(names)] if compared.also else []
+    return unlike + also + [line if len(of) == len(names) else f"{line} ({', '.join(of)})" for line, of in warned.items()]
 
 
 def _cards(name: str, results: Sequence[Result]) -> Html:

@@ -79,7 +79,8 @@ def eval_(
 
     Without --model it is the bundled texttok-32-128; without --data and --samples it reconstructs a small set of pictures that
     comes with the package. With -o the report goes to a file, every number with its protocol card, and the same command resumes an
-    interrupted run. --compare A.json --compare B.json shows reports side by side; the exit code is 1 if their cards differ.
+    interrupted run. --compare A.json --compare B.json shows reports side by side and says where their cards differ; the exit code is
+    1 if that is in what was measured (the images, how they were cropped, the network, ...), so that the numbers can't be compared.
     Under `accelerate launch -m texttok_cli eval ...` the processes share the work.
     """
     from texttok_cli.data.sources import expand

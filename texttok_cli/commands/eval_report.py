@@ -60,7 +60,7 @@ def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as
         return
     first, summary = subjects[0], dict[str, Any]()
     if several:
-        print_table([subject.card["samples"] for subject in subjects], compare(by_samples(report)))
+        print_table([subject.card["samples"] for subject in subjects], compare(by_samples(report)).rows)
     else:
         summary = {result.metric: result.readable() for result in report.results} | {"of": first.card["samples"]}
     summary |= {"against": first.card["reference"] or "no references", "images": len(first.measured.ids)}
@@ -84,7 +84,7 @@ def _save_statistics(path: Path, seen: Pass) -> None:
 
 
 def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) -> None:
-    """A table on stdout; on stderr what differs. Exit code 1 then, as such numbers don't say which is better."""
+    """A table on stdout; on stderr what differs. Exit code 1 if numbers are of unlike protocols, and so don't say which is better."""
     from texttok_cli.console import emit, say
     from texttok_cli.metrics.report import by_samples, compare, load_report
 
@@ -97,16 +97,19 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     names = [
         label if len(found) == 1 else f"{label}: {_name(part)}" for label, (_, found) in zip(labels, parts, strict=True) for part in found
     ]
-    rows = compare(reports)
+    compared = compare(reports)
+    rows = compared.rows
     if html is not None:
         write_page(html, names, reports, [])
     if as_json:
-        emit({"reports": names, "rows": [_row_json(row) for row in rows]}, as_json=True)
+        emit({"reports": names, "rows": [_row_json(row) for row in rows], "also_different": compared.also}, as_json=True)
     else:
         print_table(names, rows)
     for row in rows:
         for name, values in row.unlike.items():
             say(f"{row.metric}: different {name}: {' | '.join(map(str, values))}")
+    if compared.also:
+        say(compared.remark(names))
     unlabelled = [row.metric for row in rows if _labels_unknown(row)]
     if unlabelled:
         say(f"{', '.join(unlabelled)}: how labels were drawn is not known for any of these samples, so it may differ")

@@ -21,7 +21,7 @@ from texttok_cli.files import parse_header, read_json_object, write_json
 
 FORMAT = 1
 PACKAGES = ("torch", "numpy", "pillow")
-# What must be equal for two numbers to be compared; the rest is what a comparison is about (model, sampler, steps, ...).
+# What must be equal for two numbers to be compared.
 MUST_AGREE = (
     "rule",
     "task",
@@ -39,6 +39,9 @@ MUST_AGREE = (
     "captions_sha256",
     "labels",
 )
+# What a comparison may be about, or may have differ by mistake: said where it differs, as are the versions. The rest says which model
+# it is (samples, model_sha256, tokenizer_sha256, tokens, channels, codes) or follows from other fields (protocol, captions_truncated).
+MAY_DIFFER = ("text", "unseen_captions_sha256", "seed", "sampler", "steps", "guidance", "guide_sha256", "precision")
 
 
 class Card(Config):
@@ -150,14 +153,46 @@ class MetricComparison:
     unlike: Mapping[str, list[object]]
 
 
-def compare(reports: Sequence[Report]) -> list[MetricComparison]:
-    """The reports side by side, by metric."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Reports side by side: a row for each metric, and in what else their cards differ: field -> its value in each report."""
+
+    rows: list[MetricComparison]
+    also: Mapping[str, list[str | None]]
+
+    def remark(self, names: Sequence[str]) -> str:
+        """What else differs, and which of the reports of these `names` have what, as one line."""
+        return "also different: " + "; ".join(f"{field}: {_groups(values, names)}" for field, values in self.also.items())
+
+
+def compare(reports: Sequence[Report]) -> Comparison:
+    """The reports, of one model or set of samples each, side by side."""
     by_name = [{result.metric: result for result in report.results} for report in reports]
     metrics = list(dict.fromkeys(name for found in by_name for name in found))
-    return [_comparison(metric, [found.get(metric) for found in by_name]) for metric in metrics]
+    return Comparison([_comparison(metric, [found.get(metric) for found in by_name]) for metric in metrics], _also(reports))
 
 
 def _comparison(metric: str, results: list[Result | None]) -> MetricComparison:
     cards = [result.card for result in results if result is not None]
     values: dict[str, list[object]] = {name: [getattr(card, name) for card in cards] for name in MUST_AGREE}
     return MetricComparison(metric, results, {name: found for name, found in values.items() if any(value != found[0] for value in found)})
+
+
+def _also(reports: Sequence[Report]) -> dict[str, list[str | None]]:
+    said = [_may_differ(report.results[0].card) if report.results else {} for report in reports]  # all metrics of a model have the same
+    values = {field: [found.get(field) for found in said] for field in dict.fromkeys(field for found in said for field in found)}
+    # None is no other value: it does not apply (text, to a model without), or is not known.
+    return {field: found for field, found in values.items() if len({*found} - {None}) > 1}
+
+
+def _may_differ(card: Card) -> dict[str, str | None]:
+    return {name: getattr(card, name) for name in MAY_DIFFER} | {f"versions.{name}": found for name, found in card.versions.items()}
+
+
+def _groups(values: Sequence[str | None], names: Sequence[str]) -> str:
+    """Each value with the names that have it."""
+    groups: dict[str, list[str]] = {}
+    for value, name in zip(values, names, strict=True):
+        if value is not None:
+            groups.setdefault(value, []).append(name)
+    return " | ".join(f"{value} ({', '.join(group)})" for value, group in groups.items())
