@@ -116,14 +116,16 @@ def test_a_machine_s_load_and_clock_are_said_where_they_are_unusual(
 
 
 def test_an_evaluation_s_row_says_its_number_images_references_and_warnings(drawn: list[Any], tmp_path: Path) -> None:
-    one, other = rfid("mine", 12.3456, n=5000), rfid("texttok-32-256", 9.0)
-    later = rfid("texttok-32-256", 8.123456, model_sha256="another")
+    one, other = rfid("mine", 12.3456, n=5000), rfid("texttok-32-256", 9.0, text="caption: first caption", precision="bf16")
+    later = rfid("texttok-32-256", 8.123456, model_sha256="another", text="caption: first caption", precision="bf16")
     one.warnings.append("few images")
     save_report(tmp_path / "in" / "a.json", Report(results=[one, other, later]))
     (tmp_path / "out").mkdir()
     write_report(find_results([tmp_path / "in"]), tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| a | mine | rfid | 12.35 | 5,000 | val | few images |" in text
+    assert "| report | samples | text | precision | metric | value | n | references | warnings |" in text
+    assert "| a | mine | - | - | rfid | 12.35 | 5,000 | val | few images |" in text
+    assert "| a | texttok-32-256 | caption: first caption | bf16 | rfid | 9 | 8 | val |  |" in text
     assert "| texttok, 256 px | 9, 8.123 |" in text
 
 
@@ -163,6 +165,23 @@ def test_models_named_as_the_recipes_are_make_a_curve() -> None:
 def test_a_second_model_of_the_same_name_does_not_replace_the_first() -> None:
     first, second = rfid("texttok-32-256", 9.0), rfid("texttok-32-256", 8.0, model_sha256="another")
     assert rfid_by_tokens([first, second, first]) == {"texttok, 256 px": {32: [9.0, 8.0]}}
+
+
+def test_models_run_in_several_ways_have_a_curve_for_each() -> None:
+    """A kind that was run in one way alone needs no name for it."""
+    ways = [("caption: first caption", "fp32"), ("none (--no-caption)", "fp32"), ("caption: first caption", "bf16")]
+    results = [
+        rfid(f"texttok-{tokens}-128", value + tokens, text=text, precision=precision)
+        for tokens in (32, 64)
+        for value, (text, precision) in enumerate(ways)
+    ]
+    assert rfid_by_tokens([*results[:2], *results[3:5], rfid("baseline-32-128", 10.0, precision="fp32")]) == {
+        "texttok, 128 px, caption: first caption": {32: [32.0], 64: [64.0]},
+        "texttok, 128 px, none (--no-caption)": {32: [33.0], 64: [65.0]},
+        "baseline, 128 px": {32: [10.0]},
+    }
+    assert list(rfid_by_tokens([results[0], results[2]])) == ["texttok, 128 px, fp32", "texttok, 128 px, bf16"]
+    assert list(rfid_by_tokens(results))[2] == "texttok, 128 px, caption: first caption, bf16"
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from texttok_cli.metrics.report import MUST_AGREE, Report, Result, load_report
 
 Curves = dict[str, dict[int, list[float]]]  # rFIDs by number of tokens, for each kind of model
 MISSING = "-"
+HOW = ("text", "precision")  # how a model was run, of which there may be several evaluations
 
 
 @dataclass
@@ -206,8 +207,10 @@ def _evaluation_tables(found: Found, out: Path) -> list[Table]:
         for result in report.results:
             value = MISSING if result.value is None else f"{result.value:.4g}"
             card = result.card
-            rows.append([name, card.samples, result.metric, value, f"{card.n:,}", card.reference or MISSING, "; ".join(result.warnings)])
-    table = Table("Evaluations", ["report", "samples", "metric", "value", "n", "references", "warnings"], rows)
+            how = [getattr(card, field) or MISSING for field in HOW]
+            measured = [result.metric, value, f"{card.n:,}", card.reference or MISSING, "; ".join(result.warnings)]
+            rows.append([name, card.samples, *how, *measured])
+    table = Table("Evaluations", ["report", "samples", *HOW, "metric", "value", "n", "references", "warnings"], rows)
     return [table, *_rfid_tables([result for report in found.evaluations.values() for result in report.results], out)]
 
 
@@ -240,15 +243,23 @@ def _curve_table(title: str, curves: Curves, remark: str, picture: Path) -> Tabl
 def rfid_by_tokens(results: Sequence[Result]) -> Curves:
     """Of models called KIND-TOKENS-SIZE, as the recipes are: rFIDs by number of tokens for each KIND-SIZE.
 
-    Several models of one name, as of two runs, are several values.
+    Several models of one name, as of two runs, are several values. Where models of one kind were run in several ways, say with captions
+    and without, each way has a curve of its own.
     """
-    curves: Curves = {}
-    measured = dict.fromkeys((r.card.samples, r.card.model_sha256, r.value) for r in results)  # the same number may be in two reports
-    for name, _, value in measured:
+    kinds: dict[str, dict[tuple[str | None, ...], dict[int, list[float]]]] = {}
+    measured = ((r.card, tuple(getattr(r.card, field) for field in HOW), r.value) for r in results)
+    once = dict.fromkeys((card.samples, card.model_sha256, how, value) for card, how, value in measured)  # a number may be in two reports
+    for name, _, how, value in once:
         kind, _, rest = name.partition("-")
         tokens, _, size = rest.partition("-")
         if tokens.isdigit() and size.isdigit() and value is not None:
-            curves.setdefault(f"{kind}, {size} px", {}).setdefault(int(tokens), []).append(value)
+            kinds.setdefault(f"{kind}, {size} px", {}).setdefault(how, {}).setdefault(int(tokens), []).append(value)
+    curves: Curves = {}
+    for kind, ways in kinds.items():
+        unlike = [len(set(values)) > 1 for values in zip(*ways, strict=True)]
+        for how, curve in ways.items():
+            said = [value or MISSING for value, differs in zip(how, unlike, strict=True) if differs]
+            curves[", ".join([kind, *said])] = curve
     return curves
 
 
