@@ -546,6 +546,8 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--metric", "fid", "--samples", "{samples}"), "fid: needs references"),
         (("--metric", "psnr", "--samples", "{samples}"), "give images with --ref"),
         (("--metric", "fid", "--ref", "{pictures}"), "--ref goes with --samples"),
+        (("--metric", "gfid", "--model", "{models}/plain.safetensors"), "and these are reconstructions: take rfid"),
+        (("--metric", "psnr,gis", "--samples", "{samples}", "--ref", "{samples}"), "and these are reconstructions: take ris"),
         (("--metric", "clip-score", "--samples", "{samples}", "--clip-weights", "none"), "0.png: has no caption"),
         (("--metric", "fid", "--samples", "{pictures}", "--ref", "{samples}"), "is 48 x 32"),
         (("--metric", "psnr", "--samples", "{samples}", "--ref", "{samples}", "--note", "colour=red"), "not KEY=VALUE with a key among"),

@@ -166,6 +166,9 @@ METRICS: dict[str, Metric] = {
     "clipscore-hessel": _clip("clipscore-hessel", "2.5 max(cos(image, 'A photo depicts ' + caption), 0); mean over images", 1),
 }
 
+# Of metrics whose names say that the samples are generated, those that take their place for reconstructions.
+OF_RECONSTRUCTIONS = {"gfid": "rfid", "gis": "ris"}
+
 
 def uses_clip(names: Iterable[str]) -> bool:
     """Whether any of the metrics compares samples with captions."""

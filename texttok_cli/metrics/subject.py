@@ -11,7 +11,7 @@ from torch import Tensor
 
 from texttok_cli.data import Dataset
 from texttok_cli.errors import DataError
-from texttok_cli.metrics.registry import METRICS, check_images
+from texttok_cli.metrics.registry import METRICS, OF_RECONSTRUCTIONS, check_images
 from texttok_cli.metrics.sources import Images
 from texttok_cli.metrics.statistics import Gaussian
 
@@ -42,8 +42,10 @@ class Subject:
         return images
 
     def check(self, metrics: Iterable[str], *, statistics: bool) -> None:
-        """DataError unless every metric, and the `statistics` if they are wanted, have what they need."""
+        """DataError unless every metric, and the `statistics` if they are wanted, have what they need and are of what they say."""
         for name in metrics:
+            if self.task == "reconstruction" and name in OF_RECONSTRUCTIONS:
+                raise DataError(f"{name}: is of generated samples, and these are reconstructions: take {OF_RECONSTRUCTIONS[name]}")
             metric = METRICS[name]
             missing = {need for need in metric.needs if need not in self.given} if metric.reference else set()
             if metric.reference and self.references is None and (missing or not metric.needs):
