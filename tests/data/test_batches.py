@@ -1,13 +1,15 @@
 """Batches of images: which sample comes when, flipped and cropped how, for training and for one ordered pass."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from texttok_cli.data import Dataset, TrainLoader, center_crop, eval_batches, evenly_spaced, load_image, open_dataset, to_tensor
-from texttok_cli.data.loader import Batch, SampleStream
+from texttok_cli.data.loader import MAX_THREADS, Batch, SampleStream, decoding_threads
 
 SIDE = 16
 Make = Callable[..., Path]
@@ -116,3 +118,14 @@ def test_one_pass_is_in_order_and_leaves_out_what_is_damaged_or_not_wanted(make_
 def test_some_of_many_are_taken_at_even_distances():
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
     assert evenly_spaced(3, 4) == [0, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells which processors a process may use")
+@pytest.mark.parametrize(("processors", "threads"), [({3}, 1), ({0, 5, 6}, 3), (set(range(64)), MAX_THREADS)])
+def test_there_are_as_many_threads_as_processors_that_may_be_used(
+    processors: set[int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the machine that others have don't count."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: processors)
+    assert decoding_threads() == threads

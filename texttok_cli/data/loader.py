@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,8 +199,13 @@ class EvalBatch:
 
 
 def decoding_threads() -> int:
-    """Threads that read and decode images: as many as there are processors, up to MAX_THREADS."""
-    return min(os.cpu_count() or 2, MAX_THREADS)
+    """Threads that read and decode images: as many as there are processors for this process, up to MAX_THREADS."""
+    return min(_processors(), MAX_THREADS)
+
+
+def _processors() -> int:
+    """How many this process may use, of which a scheduler or `taskset` may leave it fewer than there are; Linux alone tells."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
 
 
 def eval_batches(
