@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub_cache
 import pytest
 import tiny_models
 import torch
@@ -14,6 +15,13 @@ from texttok_cli.errors import BackendError
 
 open_clip = pytest.importorskip("open_clip")
 coca_model = pytest.importorskip("open_clip.coca_model")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, empty whatever this machine has in its own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +101,22 @@ def test_it_is_recorded_without_its_path(coca: CoCa) -> None:
         ("ViT-B-32", "openai", r"not a CoCa of open_clip's; it has .*coca_ViT-B-32"),
         ("nothing", "x", "not a CoCa of open_clip's"),
         ("coca_roberta-ViT-B-32", "x", "not a CoCa of open_clip's"),
-        ("coca_ViT-B-32", "laion", "--offline: name a local file"),
+        ("coca_ViT-B-32", "laion", "--weights laion: neither a file nor a tag of coca_ViT-B-32"),
+        ("coca_ViT-B-32", "laion2b_s13b_b90k", "--offline: name a local file with --weights FILE"),
     ],
 )
 def test_what_is_not_to_be_had_is_one_line(name: str, weights: str, said: str) -> None:
     with pytest.raises(BackendError, match=said):
         CoCa(name, weights, offline=True)
+
+
+def test_weights_that_are_cached_need_no_network(weights: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "coca-tiny", {"tag": {"hf_hub": "somebody/tiny/"}})
+    hub_cache.put(cache, "somebody/tiny", "open_clip_pytorch_model.bin", weights)
+    coca = CoCa("coca-tiny", "tag", offline=True)
+    assert coca.model == "coca-tiny/tag"
+    loaded = coca.network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in torch.load(weights).items())
 
 
 def test_a_file_of_something_else_is_one_line(weights: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hub_cache
 import pytest
 import torch
 from PIL import Image
 
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer, _as_trained
+from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer, as_trained, find_weights
 from texttok_cli.metrics.evaluator import Batch, Evaluator
 from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS
 
@@ -20,6 +21,13 @@ SMALL = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 CAPTIONS = ["a red apple", "a photograph of two very small dogs on a long wooden table in the evening sun"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, empty whatever this machine has in its own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +160,10 @@ def test_a_local_file_gets_what_all_tags_of_its_model_want(weights: Path, monkey
 
 def test_quick_gelu_is_that_of_the_published_weights(weights: Path) -> None:
     for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-B-32-quickgelu"):
-        assert _as_trained(name, "openai")["force_quick_gelu"], name
+        assert as_trained(name, "openai")["force_quick_gelu"], name
     for name, of in (("ViT-B-32", "laion2b_s34b_b79k"), ("ViT-B-32", str(weights)), ("ViT-B-16-SigLIP", "webli")):
-        assert not _as_trained(name, of)["force_quick_gelu"], name
-    assert _as_trained("RN50", str(weights))["force_quick_gelu"]  # as all that are published
+        assert not as_trained(name, of)["force_quick_gelu"], name
+    assert as_trained("RN50", str(weights))["force_quick_gelu"]  # as all that are published
 
 
 def test_the_default_is_the_network_clipscore_was_published_with_and_nothing_in_it_is_random(scorer: ClipScorer) -> None:
@@ -180,5 +188,27 @@ def test_missing_weights_are_one_line(weights: Path, tmp_path: Path) -> None:
 def test_nothing_is_downloaded_where_the_environment_says_offline(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda config: pytest.fail("a download"))
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(BackendError, match=r"not downloaded with --offline: name a local file with --clip-weights"):
+    with pytest.raises(BackendError, match=r"nor downloaded with --offline: name a local file with --clip-weights"):
         ClipScorer()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "better"),
+    [
+        ("somebody/tiny/", "open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("somebody/tiny/pytorch_model.bin", "pytorch_model.bin", "pytorch_model.safetensors"),
+    ],
+)
+def test_weights_that_are_cached_need_no_network(
+    where: str, name: str, better: str, weights: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several files the one that open_clip would take."""
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", {"tag": {"hf_hub": where}})
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda config: pytest.fail("the network was asked"))
+    with pytest.raises(BackendError, match=r"^weights tiny-clip/tag: not cached, nor downloaded with --offline: name a local file"):
+        ClipScorer("tiny-clip", "tag", offline=True)
+    cached = hub_cache.put(cache, "somebody/tiny", name, weights)
+    assert torch.equal(ClipScorer("tiny-clip", "tag", offline=True).cosines(images(), CAPTIONS)[:, 0], formula(weights, ""))
+    assert find_weights("tiny-clip", "tag", option="--clip-weights", offline=False) == cached
+    both = hub_cache.put(cache, "somebody/tiny", better, weights)
+    assert find_weights("tiny-clip", "tag", option="--clip-weights", offline=True) == both

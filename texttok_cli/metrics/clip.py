@@ -40,9 +40,9 @@ class ClipScorer:
 
         if name not in open_clip.list_models():
             raise BackendError(f"--clip {name}: open_clip has no such model")
-        path, as_trained = _weights(name, weights, offline=offline), _as_trained(name, weights)
+        path, how = find_weights(name, weights, option="--clip-weights", offline=offline), as_trained(name, weights)
         try:
-            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **as_trained)
+            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **how)
         except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
             raise BackendError(f"{path}: not weights of {name} ({type(err).__name__})") from err
         self.model.requires_grad_(False).eval()
@@ -74,7 +74,7 @@ class ClipScorer:
         return bool(taken[1].sum() > taken[0].sum())
 
 
-def _as_trained(name: str, weights: str) -> dict[str, Any]:
+def as_trained(name: str, weights: str) -> dict[str, Any]:
     """What the weights of a tag want, which open_clip forgets when it is given their file; of a local file what all tags of the model want.
 
     BackendError if these differ in their images. If they differ in QuickGELU, the model's name decides: `-quickgelu` has it.
@@ -87,13 +87,13 @@ def _as_trained(name: str, weights: str) -> dict[str, Any]:
     images = [{argument: config[key] for key, argument in keys.items() if config.get(key) is not None} for config in configs] or [{}]
     if any(other != images[0] for other in images):
         raise BackendError(
-            f"--clip-weights {weights}: weights of {name} differ in how they take images, and a file does not say how:"
-            f" give a tag ({', '.join(tags)})"
+            f"{weights}: weights of {name} differ in how they take images, and a file does not say how: give a tag ({', '.join(tags)})"
         )
     return {**images[0], "force_quick_gelu": bool(configs) and all(config.get("quick_gelu") for config in configs)}
 
 
-def _weights(name: str, weights: str, *, offline: bool) -> Path:
+def find_weights(name: str, weights: str, *, option: str, offline: bool) -> Path:
+    """A local file, or that of a tag of open_clip's: from the hub's cache, else downloaded unless offline. BackendError names `option`."""
     if Path(weights).is_file():
         return Path(weights)
     import open_clip
@@ -102,13 +102,25 @@ def _weights(name: str, weights: str, *, offline: bool) -> Path:
     config = get_pretrained_cfg(name, weights)
     if not config:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise BackendError(f"--clip-weights {weights}: neither a file nor a tag of {name} (tags: {tags})")
+        raise BackendError(f"{option} {weights}: neither a file nor a tag of {name} (tags: {tags})")
+    cached = _cached(config.get("hf_hub", ""))
+    if cached is not None:
+        return cached
     if is_offline(offline):
-        raise BackendError(f"CLIP weights {name}/{weights}: not downloaded with --offline: name a local file with --clip-weights FILE")
+        raise BackendError(f"weights {name}/{weights}: not cached, nor downloaded with --offline: name a local file with {option} FILE")
     try:
         return Path(download_pretrained(config))
     except (OSError, RuntimeError, ValueError) as err:  # no network, refused, a wrong hash
         reason = type(err).__name__
-        raise BackendError(
-            f"CLIP weights {name}/{weights}: could not be downloaded ({reason}): give a local file, --clip-weights FILE"
-        ) from None
+        raise BackendError(f"weights {name}/{weights}: could not be downloaded ({reason}): give a local file, {option} FILE") from None
+
+
+def _cached(where: str) -> Path | None:
+    """The file of a tag that is at REPOSITORY/[FILE] of the hub; open_clip asks the network even for one that is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repo, _, file = where.rpartition("/")
+    names = [str(Path(file).with_suffix(".safetensors")), file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]  # its order
+    found = (try_to_load_from_cache(repo, name) for name in names) if repo else ()
+    return next((Path(path) for path in found if isinstance(path, str)), None)
