@@ -275,13 +275,18 @@ def test_the_hub_is_left_alone_offline(variable: str, monkeypatch: pytest.Monkey
 
     def download(repo: str, filename: str, *, local_files_only: bool) -> str:
         asked.append(local_files_only)
-        raise FileNotFoundError("not in the\ncache")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("some lines\nof the hub's")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(CheckpointError, match=r"^hf://owner/name: could not download model.safetensors: not in the cache$"):
+    for name in ("TEXTTOK_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    missing = r"^hf://owner/name: model.safetensors is not in the local cache"
+    with pytest.raises(CheckpointError, match=rf"{missing}, and the hub does not answer: check the network, or give a local file instead$"):
         find_model("hf://owner/name")
-    assert asked == [True]
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(CheckpointError, match=rf"{missing}: run once without --offline, or give a local file instead$"):
+        find_model("hf://owner/name")
+    assert asked == [False, True]
 
 
 def test_offline_holds_for_the_text_encoder_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_line import one_line as one_line_of
 from rich.console import Console
 
 import texttok_cli
@@ -83,6 +84,17 @@ def test_what_the_file_system_refuses_is_one_line(error: OSError, line: str, tex
     monkeypatch.setattr(module, "app", fail)
     run = texttok()
     assert (run.code, run.err) == (1, line)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(draw: Callable[..., Path], tmp_path: Path) -> None:
+    """However often its library tries again."""
+    code = "import time; time.sleep = lambda seconds: None; from texttok_cli.main import main; main()"
+    options = ("encode", draw(tmp_path / "img.png"), "--caption", "a", "--model", "hf://nobody/none")
+    unset = ("HF_HUB_OFFLINE", "TEXTTOK_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_VERBOSITY")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hub")}
+    run = subprocess.run([sys.executable, "-c", code, *options], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and "not in the local cache, and the hub does not answer" in one_line_of(run.stderr)
 
 
 def test_a_gpu_without_memory_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:

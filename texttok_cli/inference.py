@@ -273,9 +273,14 @@ def _open(image: ImageLike) -> Image.Image:
 
 def _from_hub(repo: str, *, offline: bool) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    local = is_offline(offline)
     try:
-        return Path(hf_hub_download(repo, "model.safetensors", local_files_only=is_offline(offline)))
+        return Path(hf_hub_download(repo, "model.safetensors", local_files_only=local))
+    except LocalEntryNotFoundError:
+        remedy = ": run once without --offline" if local else ", and the hub does not answer: check the network"
+        raise CheckpointError(f"hf://{repo}: model.safetensors is not in the local cache{remedy}, or give a local file instead") from None
     except (OSError, ValueError) as err:  # the hub's own errors are OSErrors, a malformed name is a ValueError
         reason = " ".join(str(err).split())
         raise CheckpointError(f"hf://{repo}: could not download model.safetensors: {reason}") from None

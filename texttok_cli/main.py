@@ -53,6 +53,8 @@ def main() -> None:
     """Run the command line; a person's mistake becomes one line on stderr and exit code 1, 2 for a usage error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale can't write; stderr escapes it anyway
         sys.stdout.reconfigure(errors="backslashreplace")
+    # The hub's library would report each of its retries before the line that says what could not be downloaded.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # SIGHUP: the terminal or the connection is gone; under nohup it is ignored, and stays so.
     numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
     before = {number: signal.signal(number, _leave) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}

@@ -111,8 +111,8 @@ def find_weights(name: str, weights: str, *, option: str, offline: bool) -> Path
     try:
         return Path(download_pretrained(config))
     except (OSError, RuntimeError, ValueError) as err:  # no network, refused, a wrong hash
-        reason = type(err).__name__
-        raise BackendError(f"weights {name}/{weights}: could not be downloaded ({reason}): give a local file, {option} FILE") from None
+        reason, remedy = type(err).__name__, f"check the network, or give a local file, {option} FILE"
+        raise BackendError(f"weights {name}/{weights}: could not be downloaded ({reason}): {remedy}") from None
 
 
 def _cached(where: str) -> Path | None:
