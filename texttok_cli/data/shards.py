@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,13 +16,14 @@ from texttok_cli.files import json_object
 
 TEXT_SUFFIXES = {".json", ".txt", ".cls"}
 MAX_TEXT_BYTES = 1 << 20
+NOT_NORMAL = re.compile(r"/(?:[/.]|\Z)")  # where PurePosixPath, slow for millions, has more to do than to drop a "./" in front
 
 
 @dataclass(slots=True)
 class _Index:
     """What a pass over the headers found: images by key, texts by key and suffix."""
 
-    images: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size; a TarInfo takes a kilobyte
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     unusable: list[tuple[str, Skipped]] = field(default_factory=list)  # by key: what looks like an image, but is none for us
@@ -32,12 +35,13 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
     index = _scan(path)
     file, size = str(path), path.stat().st_size  # one string for all items
     last = next(reversed(index.images), None)
-    for key, member in index.images.items():
+    not_text = f"its caption or class in {path.name} is not Unicode text; rewrite it as UTF-8"
+    for key, (offset, length) in index.images.items():
         texts = index.texts.get(key, {})
-        info = json_object(texts.get(".json", "{}"))
+        info = json_object(texts[".json"]) if ".json" in texts else {}
         if not is_utf8(key):
             yield Skipped(ascii(key), f"its name in {path.name} is not UTF-8; rename it")
-        elif member.offset_data + member.size > size:
+        elif offset + length > size:
             yield Skipped(key, f"{path.name} is cut short within this image")
         elif index.broken and not texts and (index.texts or key == last):
             yield Skipped(key, f"{path.name} is cut short after this image, where its caption may have been")
@@ -48,9 +52,8 @@ def from_shard(path: Path, caption_field: str | None) -> Iterator[Item | Skipped
         else:
             class_name = info["class"] if "class" in info else texts.get(".cls")
             caption = _caption(info, texts.get(".txt"), caption_field)
-            item = Item(key, file, caption, None if class_name in (None, "") else str(class_name), member.offset_data, member.size)
-            fault = f"its caption or class in {path.name} is not Unicode text; rewrite it as UTF-8"
-            yield item if is_utf8(f"{item.caption}{item.class_name}") else Skipped(key, fault)
+            item = Item(key, file, caption, None if class_name in (None, "") else str(class_name), offset, length)
+            yield item if is_utf8(f"{item.caption}{item.class_name}") else Skipped(key, not_text)
     yield from index.skipped
     # Beside an image of the same key they are other fields of that sample, such as a mask in KEY.mask.png.
     yield from (entry for key, entry in index.unusable if key not in index.images)
@@ -64,32 +67,43 @@ def _scan(path: Path) -> _Index:
         try:
             with tarfile.open(fileobj=file, mode="r:") as shard:
                 for member in shard:
-                    _note(index, shard, member)
+                    _note(index, shard, file, member)
+                    shard.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 index.broken = _lost_end(file, shard.offset)
         except (tarfile.TarError, OSError, EOFError, ValueError) as err:  # a ValueError: a number in an extended header
             index.broken = str(err) or type(err).__name__
     return index
 
 
-def _note(index: _Index, shard: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    path = PurePosixPath(member.name)
-    stem, dot, suffix = path.name.partition(".")  # webdataset: a key ends at the first dot of the last path component
+def _note(index: _Index, shard: tarfile.TarFile, file: BinaryIO, member: tarfile.TarInfo) -> None:
+    name = PurePosixPath(member.name).as_posix() if NOT_NORMAL.search(member.name) else member.name.removeprefix("./")
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")  # webdataset: a key ends at the first dot of the last path component
     suffix = dot + suffix.lower()
     if not stem:  # a hidden file
         return
-    key = path.with_name(stem).as_posix()
-    if fault := _fault(member, suffix, path.suffix.lower()):
+    key = folder + slash + stem
+    if fault := _fault(member, suffix, suffix[suffix.rfind(".") :]):
         index.unusable.append((key, Skipped(member.name, fault)))
     elif not member.isfile():
         return
     elif suffix in IMAGE_SUFFIXES:
         if key in index.images:
             index.skipped.append(Skipped(member.name, f"{key} is already the key of another image in this shard"))
-        index.images.setdefault(key, member)
+        index.images.setdefault(key, (member.offset_data, member.size))
     elif suffix in TEXT_SUFFIXES:
-        too_large = member.size > MAX_TEXT_BYTES
-        file = None if too_large else shard.extractfile(member)
-        index.texts.setdefault(key, {})[suffix] = "" if file is None else file.read().decode("utf-8-sig", "surrogateescape").strip()
+        data = b"" if member.size > MAX_TEXT_BYTES else _content(shard, file, member)
+        index.texts.setdefault(key, {})[suffix] = data.removeprefix(BOM_UTF8).decode("utf-8", "surrogateescape").strip()
+
+
+def _content(shard: tarfile.TarFile, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    if member.issparse() and (parts := shard.extractfile(member)):
+        return parts.read()
+    file.seek(member.offset_data)  # it is mostly in the file's buffer by now, and extractfile's object costs more than the reading
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def _fault(member: tarfile.TarInfo, suffix: str, kind: str) -> str:
