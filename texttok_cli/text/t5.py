@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, T5Config, T5EncoderModel
+from transformers.utils import logging
 
 from texttok_cli.assets import is_offline
 from texttok_cli.config.schema import TextEncoderConfig
@@ -43,7 +44,7 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", of
         # First what is small, so that a wrong name or width shows before gigabytes are loaded.
         shape = AutoConfig.from_pretrained(name, local_files_only=local)
         _check_shape(name, shape, config.dim)
-        tokenizer = _load_tokenizer(name, local=local)
+        tokenizer = _load_tokenizer(name, local=local, embeddings=shape.vocab_size)
         model, report = T5EncoderModel.from_pretrained(
             name, config=shape, dtype=DTYPES[config.precision], local_files_only=local, weights_only=True, output_loading_info=True
         )
@@ -63,15 +64,23 @@ def _check_shape(name: str, shape: AutoConfig, dim: int) -> None:
         raise BackendError(f"text encoder {name}: is {shape.d_model} wide, the config says dim {dim}: set dim={shape.d_model}")
 
 
-def _load_tokenizer(name: str, *, local: bool) -> Tokenizer:
+def _load_tokenizer(name: str, *, local: bool, embeddings: int) -> Tokenizer:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "spiece.model")):
-        raise BackendError(_not_found(name, offline=local))  # for want of a vocabulary transformers may make one up
+        raise BackendError(_not_found(name, offline=local))
+    help_ = "it takes a whole tokenizer.json, or a whole spiece.model and `pip install --upgrade sentencepiece protobuf`"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn at length of what the error says, and recommend a library that doesn't help
     try:
         loaded = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except (ImportError, ValueError) as error:  # google/t5-v1_1-* have only spiece.model, which another library reads
-        help_ = "it takes a whole tokenizer.json, or spiece.model and `pip install sentencepiece protobuf`"
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers' own are no narrower; google/t5-v1_1-* have only spiece.model, which other libraries read
         raise BackendError(f"text encoder {name}: its tokenizer can't be read: {help_}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     tokenizer: Tokenizer = loaded.backend_tokenizer
+    if 2 * tokenizer.get_vocab_size() < embeddings:  # for want of a vocabulary transformers makes one up, of some 100 entries
+        raise BackendError(f"text encoder {name}: its tokenizer has no vocabulary: {help_}")
     return tokenizer
 
 
