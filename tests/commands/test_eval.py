@@ -24,6 +24,7 @@ from texttok_cli.errors import BackendError
 from texttok_cli.inference import load_tokenizer
 from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import evidence as evidence_module
+from texttok_cli.metrics.distribution import few_classes_a_block
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.protocols import PROTOCOLS
 from texttok_cli.models.tokenizer import TexTok
@@ -94,6 +95,14 @@ def test_part_of_the_data_and_the_empty_condition(texttok: Run, models: Path, pi
     assert (card["n"], card["split"], card["seed"], card["text"]) == (3, "val", "3", "none (--no-caption)")
 
 
+def test_part_of_the_data_is_evenly_spaced_as_data_lie_sorted_by_class(texttok: Run, models: Path, pictures: Path) -> None:
+    options = ("eval", "--metric", "psnr", "-m", models / "plain.safetensors", "--data", pictures, "--json")
+    part = texttok(*options, "-n", 2)
+    for number in (1, 2, 4, 5):
+        (pictures / f"{number}.png").unlink()
+    assert json.loads(texttok(*options).out) == json.loads(part.out)
+
+
 def test_captions_that_the_text_encoder_cuts_off_are_said(texttok: Run, models: Path, pictures: Path) -> None:
     (pictures / "3.txt").write_text("long " * 40)
     options = ("eval", "--metric", "psnr", "--data", pictures, "-m", models / "text.safetensors")
@@ -127,9 +136,10 @@ def test_a_protocol_takes_its_number_of_images_of_the_data(
 ) -> None:
     monkeypatch.setitem(PROTOCOLS, "recon", replace(PROTOCOLS["recon"], images=4))
     options = ("eval", "--protocol", "recon", "--metric", "psnr", "-m", models / "plain.safetensors", "--data", pictures, "--json")
-    whole, fewer = texttok(*options), texttok(*options, "-n", 3)
-    assert [json.loads(outcome.out)["results"][0]["card"]["n"] for outcome in (whole, fewer)] == [4, 3]
+    whole, fewer, more = texttok(*options), texttok(*options, "-n", 3), texttok(*options, "-n", 5)
+    assert [json.loads(outcome.out)["results"][0]["card"]["n"] for outcome in (whole, fewer, more)] == [4, 3, 5]
     assert "protocol recon takes" not in whole.err and "3 images: protocol recon takes 4" in fewer.err
+    assert "5 images: protocol recon takes 4" in more.err
 
 
 # ------------------------------------------------------------------ samples
@@ -190,6 +200,23 @@ def test_adms_reference_gives_statistics_and_its_images_the_manifold(texttok: Ru
     assert "split" not in outcome.err and "labels" not in outcome.err
 
 
+def test_a_card_names_of_the_references_only_what_its_number_is_of(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    """FID is of their statistics, however their images were cropped, and an Inception Score of no references."""
+    np.savez(tmp_path / "ref.npz", np.zeros((9, 32, 32, 3), np.uint8), mu=np.zeros(DIM), sigma=np.eye(DIM))
+    options = ("--metric", "gfid,precision,gis", "--split", "train", "--json")
+    outcome = texttok("eval", *options, "--samples", samples, "--ref", tmp_path / "ref.npz")
+    cards = [result["card"] for result in json.loads(outcome.out)["results"]]
+    said = [(card["crop"], card["reference"], card["split"], card["reference_sha256"] is not None) for card in cards]
+    assert said == [(None, "ref.npz", "train", True), ("as stored", "ref.npz", "train", True), (None, None, None, False)]
+
+
+def test_adms_protocol_needs_both_of_adms_statistics(texttok: Run, samples: Path, fake: None, tmp_path: Path) -> None:
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
+    for references in (samples, tmp_path / "fid.npz"):
+        outcome = texttok("eval", "--protocol", "adm-class", "--metric", "gfid", "--samples", samples, "--ref", references)
+        assert outcome.code == 1 and "its references are ADM's VIRTUAL_imagenet" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("name", "images"), [("VIRTUAL_imagenet512.npz", False), ("VIRTUAL_imagenet64_labeled.npz", False), ("other.npz", True)]
 )
@@ -234,6 +261,28 @@ def test_pairs_are_found_by_name(texttok: Run, samples: Path, pictures: Path) ->
     (samples / "0.png").rename(samples / "other.png")
     outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures)
     assert outcome.code == 1 and "other.png: no reference with that name" in outcome.err
+
+
+def test_a_pair_is_found_whatever_the_ending_but_is_one_alone(texttok: Run, draw: Draw, samples: Path, pictures: Path) -> None:
+    options = ("eval", "--metric", "psnr", "--samples", samples, "--ref", pictures, "--json")
+    before = numbers(texttok(*options))
+    (samples / "0.png").rename(samples / "0.PNG")
+    assert numbers(texttok(*options)) == pytest.approx(before)
+    draw(pictures / "0.JPG", 9)
+    outcome = texttok(*options)
+    assert outcome.code == 1 and "0: two references differ only in file extension" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [((5, 32, 32, 3), "6 samples and 5 references"), ((6, 16, 16, 3), "samples of 32 and references of 16 pixels a side")],
+)
+def test_pairs_by_position_are_equally_many_and_equally_large(
+    shape: tuple[int, ...], what: str, texttok: Run, samples: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "originals.npz", np.zeros(shape, np.uint8))
+    outcome = texttok("eval", "--metric", "psnr", "--samples", samples, "--ref", tmp_path / "originals.npz")
+    assert outcome.code == 1 and what in outcome.err
 
 
 def test_a_folder_against_an_npz_goes_by_number(texttok: Run, draw: Draw, tmp_path: Path) -> None:
@@ -437,6 +486,20 @@ def test_clip_reads_the_captions_of_a_run_in_an_npz(texttok: Run, tmp_path: Path
     assert "give --captions" in texttok("eval", "--metric", "clip-score", "--samples", without).err
 
 
+def test_the_card_tells_captions_apart_that_clip_compared_with(texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in the number, which is not comparable with one of others."""
+    monkeypatch.setattr("texttok_cli.metrics.evaluation.ClipScorer", FakeClip)
+    found = []
+    for caption in ("a dog", "a dog", "a cat"):
+        for sample in samples.glob("*.png"):
+            sample.with_suffix(".txt").write_text(caption)
+        outcome = texttok("eval", "--metric", "clip-score,ssim", "--samples", samples, "--ref", samples, "--json")
+        clip, pairs = (result["card"]["captions_sha256"] for result in json.loads(outcome.out)["results"])
+        assert pairs is None
+        found.append(clip)
+    assert None not in found and found[0] == found[1] != found[2]
+
+
 def test_captions_that_clip_cuts_off_are_said(texttok: Run, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("texttok_cli.metrics.evaluation.ClipScorer", FakeClip)
     for sample in samples.glob("*.png"):
@@ -487,14 +550,27 @@ def test_the_networks_that_measure_are_those_that_were_asked_for(
 def test_inception_scores_of_blocks_of_one_class_are_warned_of(texttok: Run, fake: None, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6000, 8, 8, 3), dtype=np.uint8)
     classes = np.arange(6000) // 600
-    options = ("eval", "--metric", "gis,is-shuffled", "--json", "--samples")
+    options = ("eval", "--metric", "gis,is,is-shuffled", "--json", "--samples")
     said = []
     for name, labels in (("sorted", classes), ("mixed", np.arange(6000) % 10), ("scores", classes[:, None] / 10)):
         np.savez(tmp_path / f"{name}.npz", pixels, labels)
         outcome = texttok(*options, tmp_path / f"{name}.npz")
         warnings = {result["metric"]: result["warnings"] for result in json.loads(outcome.out)["results"]}
-        said.append([sum("sorted by class" in warning for warning in warnings[metric]) for metric in ("gis", "is-shuffled")])
-    assert said == [[1, 0], [0, 0], [0, 0]]
+        said.append([sum("sorted by class" in warning for warning in warnings[metric]) for metric in ("gis", "is", "is-shuffled")])
+    assert said == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_samples_are_not_called_sorted_where_the_class_of_some_is_unknown(
+    texttok: Run, draw: Draw, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(few_classes_a_block.__kwdefaults__, "block", 3)
+    for seed in range(12):
+        draw(tmp_path / "samples" / "abcd"[seed // 3] / f"{seed}.png", seed)
+    options = ("eval", "--metric", "gis", "--samples", tmp_path / "samples")
+    assert "sorted by class" in texttok(*options).err
+    draw(tmp_path / "samples" / "last.png", 12)  # in no class's folder
+    outcome = texttok(*options)
+    assert outcome.code == 0 and "sorted by class" not in outcome.err
 
 
 def test_numbers_are_printed_before_files_are_written(
@@ -571,6 +647,8 @@ def test_equal_images_have_no_finite_psnr(texttok: Run, samples: Path) -> None:
         (("--samples", "{samples}", "--ref", "{samples}", "-n", "3"), "--images is about what a model reconstructs"),
         (("--protocol", "t2i", "--samples", "{samples}", "--ref", "{samples}", "--resize", "clean"), "resizes by tf1-bilinear"),
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--captions", "x.jsonl"), "plain: takes no captions"),
+        (("--metric", "psnr", "--model", "{models}/text.safetensors", "--captions", "x.jsonl", "--no-caption"), "exclude each other"),
+        (("--samples", "{samples}/0.png", "--save-stats", "{nothing}.npz"), "--save-stats: a covariance needs 2 images or more"),
         (("--metric", "psnr", "--model", "{models}/plain.safetensors", "--size", "64"), "plain takes images of 32 pixels only"),
         (("--samples", "{samples}", "--ref", "{samples}", "--model", "text"), "--model is about what a model reconstructs"),
         (("--metric", "psnr", "-m", "{models}/plain.safetensors", "-m", "{models}/plain.safetensors"), "plain.safetensors: is given twice"),
