@@ -123,6 +123,23 @@ def test_latent_statistics_are_those_of_all_training_images(recipe_file: RecipeF
     torch.testing.assert_close(tokenizer.model.latent_std.double(), z.std(0, correction=0), rtol=1e-4, atol=1e-5)
 
 
+def test_latent_statistics_are_of_each_image_with_its_own_caption_in_any_batch(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    recipe = load_recipe(str(recipe_file()))
+    text = load_text_encoder(recipe.model.condition.encoder)
+    captions = ["a dog", "a red flower", "", "two cats", "a long road"]
+    task = TokenizerTask(
+        recipe, Engine(recipe.training, out=tmp_path, device="cpu"), lambda indices: {"cond": text([captions[i] for i in indices])}, None
+    )
+    with torch.no_grad():
+        for parameter in task.ema_model.parameters():  # far enough from the initial near-zeros that captions show
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+        z = task.ema_model.encode(images / 127.5 - 1, text(captions)).z.flatten(0, 1).double()
+    task.set_latent_statistics(SimpleNamespace(images=images[i : i + 2], indices=torch.arange(5)[i : i + 2]) for i in range(0, 5, 2))
+    torch.testing.assert_close(task.ema_model.latent_mean.double(), z.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(task.ema_model.latent_std.double(), z.std(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
 def test_validation_is_of_the_averaged_weights_and_a_mean_over_images(
     recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
