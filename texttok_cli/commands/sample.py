@@ -38,17 +38,17 @@ def sample(
         typer.Option(help="Sample all classes: equally many, in proportion to training images, or drawn by the seeds. -n is the total."),
     ] = None,
     number: Annotated[int, typer.Option("-n", min=1, help="Images of each class or prompt; with --labels of all classes together.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps, else the model's own (the bundled ones' 50).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps, else the model's own (the bundled ones' 25).")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddpm, ddim or dpm++2m; for a flow model heun or euler; else the model's own (the bundled ones' ddpm)."),
+        typer.Option(help="ddpm, ddim or dpm++2m; for a flow model heun or euler; else the model's own (the bundled ones' euler)."),
     ] = None,
     cfg: Annotated[
         str | None,
         typer.Option(
             metavar="CFG",
             help="Guidance: 1.5, 3.8:power-cosine=4, 1.8:interval=0,0.7 (of t/T), 1.5:channels=3 (the first), 1: none; else the model's own"
-            " (the bundled ones' 1.5).",
+            " (the bundled ones' 2).",
         ),
     ] = None,
     guide: Annotated[
