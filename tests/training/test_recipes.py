@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from runs import metrics, train
 
+from texttok_cli.checkpoint import read_generator_header
 from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
-from texttok_cli.config.schema import ClassEmbedding, PromptCondition, SamplingDefaults, TextCondition
+from texttok_cli.config.schema import ClassEmbedding, PromptCondition, TextCondition
+from texttok_cli.inference import PRETRAINED
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.training.optim import lr_scale
@@ -213,12 +215,11 @@ def test_twins_differ_in_what_they_reproduce_alone() -> None:
 
 
 def test_a_row_is_sampled_as_its_table_says() -> None:
-    """Without guidance in Table 1, with it in the others; what is bundled, as its files, which do not say it."""
+    """Without guidance in Table 1, with it in the others."""
     for name in GENERATORS:
         recipe = load_recipe(name)
         sampling = recipe.model.sampling
         if name.startswith("tiny/"):
-            assert sampling == SamplingDefaults(), name
             continue
         assert (sampling.sampler, sampling.steps) == ("ddpm", 250), name
         constant = {"dit-l": "1", "vanilla": "1.5"}
@@ -226,6 +227,11 @@ def test_a_row_is_sampled_as_its_table_says() -> None:
         assert sampling.cfg == guidance, name
         if recipe.reproduces.startswith("Table 1"):
             assert "without guidance" in recipe.reproduces and guidance == "1", name
+
+
+def test_a_bundled_generator_is_that_of_its_recipe() -> None:
+    for name, recipe in (("class-32-128", "tiny/class-32-128-flow"), ("t2i-32-128", "tiny/t2i-32-128")):
+        assert read_generator_header(PRETRAINED / f"{name}.safetensors").model == load_recipe(recipe).model
 
 
 def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
