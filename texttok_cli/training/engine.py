@@ -77,7 +77,6 @@ class Engine:
         if device not in ("auto", self.device.type):
             raise BackendError(f"--device {device}: training uses {self.device.type} on this machine; leave it out, or use cpu")
         self.sharded: bool = self.accelerator.is_fsdp2
-        self.gathered_parts = 0  # into which FSDP2 split the prepared model
         whole_models = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in whole_models and not (sharding and self.sharded):
             kind = self.accelerator.distributed_type.value
@@ -98,8 +97,12 @@ class Engine:
         until the run is `finishing`.
         """
         self._module = self.accelerator.prepare(model, *optimizers)[0] if self.sharded else self.accelerator.prepare(model)
-        self.gathered_parts = sum(isinstance(module, FSDPModule) for module in self._module.modules())
         return weakref.proxy(self._module)
+
+    @property
+    def gathered_parts(self) -> int:
+        """Into how many parts FSDP2 split the prepared model, of which one at a time is whole."""
+        return sum(isinstance(module, FSDPModule) for module in self._module.modules())
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The run's precision, for a module that is not prepared."""

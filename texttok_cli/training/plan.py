@@ -53,7 +53,7 @@ def _of_discriminator(cfg: AdversarialLoss, image_size: int) -> dict[str, float 
     with without_weights():
         net = Discriminator(image_size, base=cfg.discriminator.base, multipliers=tuple(cfg.discriminator.multipliers))
         images = torch.empty(2, 3, image_size, image_size)
-        graphs = {"graph": _kept(net, lambda: net(images)) / 2}  # by autocast in bf16, as it is trained
+        graphs = {"graph": _kept(net, lambda: net(images)) / 2}  # counted in fp32; autocast keeps bf16
         if cfg.r1:  # as losses.r1_penalty, whose autocast knows no meta tensors
             x = images[:1].requires_grad_()
             graphs["R1_graph"] = _kept(net, lambda: torch.autograd.grad(net(x).sum(), x, create_graph=True)[0].square().sum())

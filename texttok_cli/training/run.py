@@ -40,9 +40,22 @@ if TYPE_CHECKING:
 # How a run is carried out and watched, not what it trains: these may have other values when it goes on. (`accumulate`, `checkpointing`
 # and `compile` change rounding, `accumulate` also which noise a KL bottleneck draws.)
 HANDLING = {
-    *("data.val", "data.cache", "data.workers", "training.accumulate", "training.checkpointing", "training.compile"),
-    *("training.text_cache", "training.trackers", "training.log_every", "training.save_every", "training.export_every"),
-    *("training.val_every", "training.val_images", "training.val_latents", "training.val_rfid", "training.grid_images"),
+    "data.cache",
+    "data.val",
+    "data.workers",
+    "training.accumulate",
+    "training.checkpointing",
+    "training.compile",
+    "training.export_every",
+    "training.grid_images",
+    "training.log_every",
+    "training.save_every",
+    "training.text_cache",
+    "training.trackers",
+    "training.val_every",
+    "training.val_images",
+    "training.val_latents",
+    "training.val_rfid",
 }
 SAMPLING = "sampling"  # the section of a generator that no training depends on
 
