@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # An experiment sweep from the shell: tokenizers of several token counts with text and without, each evaluated, all results in one report.
 # Run it again after an interruption: an unfinished run goes on, a finished one takes no further step, a finished report is left alone.
-# Other keys or images than a run's own are refused: give another OUT.
+# Other keys or images than a run's own are refused: give another OUT. For the paper's columns of Fig. 3 and Table 1, which are of 50,000
+# training images, evaluate the finished models by `texttok eval --protocol recon --data TRAIN`.
 #
 #   TRAIN='train-{0000..0015}.tar' VAL=val.tar benchmarks/sweep.sh [key=value ...]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the grid of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: an
+# Trains the tokenizers of Table 1: TexTok and its baseline, 32 to 256 tokens, at 256 and 512 px. Run it again after an interruption: an
 # unfinished run goes on, a finished one takes no further step. Other keys or images than its own are refused: give another OUT.
 #
 #   TRAIN='shards/train-{0000..1023}.tar' VAL=shards/val.tar benchmarks/table1.sh [key=value ...]

@@ -56,6 +56,33 @@ def test_usage_errors_end_with_2(args: list[str], texttok: Run) -> None:
     assert run.code == 2 and run.out == "" and "Traceback" not in run.err and run.err
 
 
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["caption"], 2),  # no images
+        (["caption", "p.png", "--captioner", "vlm"], 2),  # which one?
+        (["encode", "p.png", "--caption", "a", "--no-caption"], 2),  # exclude each other
+        (["encode", "none.png"], 1),
+        (["decode", "p.png"], 1),  # another kind of file
+        (["sample"], 2),  # of what?
+        (["sample", "--class", "none", "-o", "out"], 1),  # the model says which classes there are
+        (["eval", "--metric", "beauty"], 2),
+        (["eval", "--metric", "psnr", "--data", "none"], 1),
+        (["eval", "--samples", "p.png"], 1),
+        (["bench", "latency", "--part", "none"], 2),
+        (["train", "none"], 1),
+    ],
+)
+def test_what_is_asked_for_wrongly_ends_with_2_and_what_can_not_be_done_with_1(
+    args: list[str], code: int, texttok: Run, draw: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "p.png")
+    monkeypatch.chdir(tmp_path)
+    run = texttok(*args)
+    assert run.code == code, run.err
+    assert code == 2 or one_line_of(run.err)
+
+
 def test_a_persons_mistake_is_one_line_and_debug_shows_where(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = texttok("decode", "none.tok.safetensors")
     assert (run.code, run.out, run.err) == (1, "", "texttok: none.tok.safetensors: no such file\n")

@@ -1,6 +1,7 @@
 """What can go wrong through a person's input or machine, as one tree.
 
     TextTokError          one clear line: what, where, what to do
+    |- UsageError         a command that asks for what can't be: options that exclude each other, a name that there is not
     |- RecipeError        a recipe or an override: unknown key, impossible value
     |- DataError          an image, caption file, manifest or shard
     |- CheckpointError    a model file or a training state
@@ -8,12 +9,17 @@
     |- TrainingError      a run that diverged
     |- BackendError       weights or a library that is not there, or a device that can't
 
-The command line prints the message and exits with a code != 0; a bug of ours raises something else and keeps its traceback.
+The command line prints the message and exits with 2 for a UsageError, else with 1; a bug of ours raises something else and
+keeps its traceback.
 """
 
 
 class TextTokError(Exception):
     """Base of every error a person can mend. The message names what, where and what to do."""
+
+
+class UsageError(TextTokError):
+    """What was asked for does not go together, or names what there is not; whatever the files hold."""
 
 
 class RecipeError(TextTokError):

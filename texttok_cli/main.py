@@ -18,7 +18,7 @@ from texttok_cli.commands.encode import encode
 from texttok_cli.commands.eval import eval_
 from texttok_cli.commands.sample import sample
 from texttok_cli.commands.train import train
-from texttok_cli.errors import TextTokError
+from texttok_cli.errors import TextTokError, UsageError
 
 app = typer.Typer(
     help="Language-guided image tokenization: images and their captions to a few tokens and back.",
@@ -78,7 +78,7 @@ def _run() -> None:
     except TextTokError as err:
         if debug:
             raise
-        _fail(str(err))
+        _fail(str(err), 2 if isinstance(err, UsageError) else 1)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):  # Python flushes both once more
@@ -125,8 +125,8 @@ def _remedy(err: RuntimeError) -> str | None:
     return None
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     from texttok_cli.console import one_line
 
     print(f"texttok: {one_line(message)}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)

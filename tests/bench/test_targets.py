@@ -69,7 +69,18 @@ def test_a_program_that_fails_is_no_time() -> None:
         program._seconds("-c", "raise OSError('no weights')")
     assert "\n" not in str(caught.value)
     with pytest.raises(BackendError, match=r"failed: none\.png: "):  # the program's own line, without a traceback of ours behind it
-        program._peak("encode", "none.png", "--quiet")
+        program._resident("encode", "none.png", "--quiet")
+
+
+def test_memory_of_a_run_is_seen_from_its_start_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = tmp_path / "texttok_cli"  # in the place of the program: it holds 200 MB more in its second half
+    stand_in.mkdir()
+    (stand_in / "__init__.py").touch()
+    (stand_in / "__main__.py").write_text("import time\ntime.sleep(1.5)\nmore = bytearray(b'x') * 200_000_000\ntime.sleep(1.5)\n")
+    monkeypatch.chdir(tmp_path)
+    seen = program._resident()
+    half = len(seen) // 2
+    assert len(seen) > 6 and median(seen[half + 2 :]) - median(seen[: half - 1]) == pytest.approx(200, rel=0.05)
 
 
 # ------------------------------------------------------------------ ratios, on a machine that takes as long as a test says

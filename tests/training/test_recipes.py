@@ -246,7 +246,7 @@ def test_an_ablation_of_table_4_differs_in_what_it_is_about_alone() -> None:
     whole = load_recipe("tokenizer/texttok-128-256").model_dump()
     for name, keys in about.items():
         ablation = load_recipe(f"ablations/{name}").model_dump()
-        assert ablation["data"]["max_words"] == (25 if name == "4a-25-words" else None), name
+        assert ablation["data"]["max_words"] == (25 if name == "4a-25-words" else 75), name
         ablation["data"]["max_words"] = whole["data"]["max_words"]
         assert {key for key in whole if key not in ("model", "reproduces") and whole[key] != ablation[key]} == set(), name
         assert {key for key in whole["model"] if whole["model"][key] != ablation["model"][key]} <= {"condition"}, name

@@ -57,7 +57,7 @@ def plot_rfid(measured: Mapping[str, Mapping[int, Sequence[float]]], path: Path,
     def theirs(axes: Axes) -> None:
         table = {name: paper.column("table1", "rFID", name, size) for name in ("Baseline", "TexTok")}
         _by_tokens(axes, {name: {tokens: [value] for tokens, value in found.items()} for name, found in table.items()})
-        axes.set_title(f"the paper's: Table 1, ImageNet {size} x {size}", fontsize=8)
+        axes.set_title(f"the paper's: Table 1, ImageNet {size} x {size}, 50K training images", fontsize=8)
 
     return _draw(path, [ours, theirs])
 

@@ -9,7 +9,7 @@ import typer
 
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, OutOption, QuietOption, given_options
 from texttok_cli.config import Precision
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from texttok_cli.bench.latency import Part
@@ -123,7 +123,7 @@ def tradeoff(
     chosen = load_spec(spec)
     references = ref or chosen.ref
     if references is None:
-        raise DataError(f"{spec}: names no references for the FID: add ref, or give --ref")
+        raise UsageError(f"{spec}: names no references for the FID: add ref, or give --ref")
     with progress(quiet=quiet) as bar:
         bars = bar.add_task("points", total=None, note="")
         result = sweep(
@@ -176,7 +176,7 @@ def report(
 def _parts(chosen: list[str] | None) -> list[Part]:
     for name in chosen or []:
         if name not in PART_NAMES:
-            raise DataError(f"--part {name}: there are {', '.join(PART_NAMES)}")
+            raise UsageError(f"--part {name}: there are {', '.join(PART_NAMES)}")
     return list(dict.fromkeys(chosen or PART_NAMES))  # type: ignore[arg-type]
 
 
@@ -184,10 +184,10 @@ def _numbers(option: str, text: str, allowed: tuple[int, ...] = ()) -> list[int]
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        raise DataError(f"{option} {text}: not whole numbers separated by commas") from None
+        raise UsageError(f"{option} {text}: not whole numbers separated by commas") from None
     wrong = [value for value in values if value < 1 or (allowed and value not in allowed)]
     if wrong:
-        raise DataError(f"{option} {wrong[0]}: must be {' or '.join(map(str, allowed)) if allowed else 'at least 1'}")
+        raise UsageError(f"{option} {wrong[0]}: must be {' or '.join(map(str, allowed)) if allowed else 'at least 1'}")
     return list(dict.fromkeys(values))
 
 
@@ -208,10 +208,10 @@ def _collect(result: LatencyResult, task: Task, parts: list[Part], *, targets: b
 
 
 def _refuse_unused(context: typer.Context) -> None:
-    """DataError for options that --targets does not read: what it measures is fixed."""
+    """UsageError for options that --targets does not read: what it measures is fixed."""
     given = [option for name, option in given_options(context).items() if name in UNUSED_BY_TARGETS]
     if given:
-        raise DataError(f"--targets measures fixed systems: leave out {', '.join(given)}")
+        raise UsageError(f"--targets measures fixed systems: leave out {', '.join(given)}")
 
 
 def _print(table: Table) -> None:

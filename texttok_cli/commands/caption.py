@@ -10,7 +10,7 @@ import typer
 
 from texttok_cli.commands.caption_backends import CaptionerName, Settings, WriterName
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption, given_options
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +119,7 @@ def caption(
     from texttok_cli.data import open_dataset
 
     if not inputs:
-        raise DataError("no images: name files, folders, manifests or shards")
+        raise UsageError("no images: name files, folders, manifests or shards")
     settings.check(given_options(context).values(), unseen=unseen_per_class is not None)
     out = out or (OUT if unseen_per_class is None else UNSEEN_OUT)
     if drop_cut_line(out) and not quiet:  # before the inputs are read: OUT may be the captions.jsonl of a folder among them

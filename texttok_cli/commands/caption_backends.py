@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from texttok_cli.config import Precision
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -56,23 +56,23 @@ class Settings:
     offline: bool = False
 
     def check(self, given: Collection[str], *, unseen: bool) -> None:
-        """DataError for an option among the `given` that the chosen backend has no use for, and for one that it lacks."""
+        """UsageError for an option among the `given` that the chosen backend has no use for, and for one that it lacks."""
         for name in FOR_IMAGES if unseen else FOR_UNSEEN:
             if name in given:
-                raise DataError(f"{name} does not go with --unseen-per-class" if unseen else f"{name} is for --unseen-per-class")
+                raise UsageError(f"{name} does not go with --unseen-per-class" if unseen else f"{name} is for --unseen-per-class")
         chosen = self.writer if unseen else self.captioner
         option = "--writer" if unseen else "--captioner"
         for name, users in USERS.items():
             if name in given and chosen not in users:
-                raise DataError(f"{name} is not for {option} {chosen}, but for {' and '.join(users)}")
+                raise UsageError(f"{name} is not for {option} {chosen}, but for {' and '.join(users)}")
         if self.model is None and chosen in ("vlm", "endpoint", "lm"):
-            raise DataError(f"{option} {chosen} needs --model")
+            raise UsageError(f"{option} {chosen} needs --model")
         if self.endpoint is None and chosen == "endpoint":
-            raise DataError(f"{option} endpoint needs --endpoint URL")
+            raise UsageError(f"{option} endpoint needs --endpoint URL")
         if self.endpoint is not None and self.offline:
-            raise DataError("--endpoint and --offline exclude each other")
+            raise UsageError("--endpoint and --offline exclude each other")
         if self.template is not None and "{}" not in self.template:
-            raise DataError(f"--template {self.template!r}: has no {{}} for the class")
+            raise UsageError(f"--template {self.template!r}: has no {{}} for the class")
 
     def load_captioner(self) -> Captioner:
         """The captioner. BackendError if it is not available."""

@@ -20,7 +20,7 @@ from texttok_cli.commands.options import (
     QuietOption,
 )
 from texttok_cli.config import Precision
-from texttok_cli.errors import DataError, TokenFileError
+from texttok_cli.errors import DataError, TokenFileError, UsageError
 
 if TYPE_CHECKING:
     from texttok_cli.inference import Tokenizer
@@ -142,7 +142,7 @@ class _Target:
     """Where decoded images go: a PNG file, a folder, or beside their token files."""
 
     def __init__(self, out: Path | None, names: Mapping[Path, Sequence[str]]) -> None:
-        """`names`: of the images of each input. DataError if `out` is a file's name that can't be, or two images would be one file."""
+        """`names`: of the images of each input. UsageError if `out` can't be the file of them, DataError if two would be one file."""
         from texttok_cli.data.items import IMAGE_SUFFIXES
         from texttok_cli.files import check_can_be_folder
 
@@ -153,7 +153,7 @@ class _Target:
         suffix = "" if out is None or out.is_dir() else out.suffix.lower()
         self.is_file = suffix == ".png" and self.total == 1
         if suffix in IMAGE_SUFFIXES and not self.is_file:
-            raise DataError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
+            raise UsageError(f"{out}: name a folder for the {self.total:,} image(s), or for one image a .png file")
         if out is not None and not self.is_file:
             check_can_be_folder(out, else_name=", or for one image a .png file")
         self._left = {source: iter([self._claim(source, name) for name in own]) for source, own in names.items()}

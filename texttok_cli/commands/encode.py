@@ -20,7 +20,7 @@ from texttok_cli.commands.options import (
     PrecisionOption,
     QuietOption,
 )
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from texttok_cli.commands.encode_jobs import Files, Folder
@@ -69,15 +69,15 @@ def encode(
     _check_one_source(caption, captions, no_caption)
     dataset = open_dataset(inputs, captions=captions, caption_field=caption_field)
     if caption is not None and len(dataset) != 1:
-        raise DataError(f"--caption is for one image, these inputs hold {len(dataset):,}; give --captions FILE.jsonl")
+        raise UsageError(f"--caption is for one image, these inputs hold {len(dataset):,}; give --captions FILE.jsonl")
     target = _target(inputs, dataset, out)
     tokenizer = load_tokenizer(model, device=device, precision=precision, offline=offline)
     if tokenizer.text_condition is None and (caption is not None or captions is not None):
-        raise DataError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or use a model with text")
+        raise UsageError(f"{tokenizer.info.name}: takes no captions; leave out --caption(s), or use a model with text")
     texts = _texts(tokenizer, dataset, caption=caption, caption_field=caption_field, no_caption=no_caption)
     stored = tokenizer.token_dtype(dtype)
     if flips and not isinstance(target, Path):
-        raise DataError("--flips is for a data set whose tokens go into a folder, not for image files")
+        raise UsageError("--flips is for a data set whose tokens go into a folder, not for image files")
     job = Folder(target, tokenizer, stored, flips, dataset) if isinstance(target, Path) else Files(target, tokenizer, stored)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     with progress(quiet=quiet) as bar:
@@ -112,7 +112,7 @@ def encode(
 def _check_one_source(caption: str | None, captions: Path | None, no_caption: bool) -> None:
     given = {"--caption": caption is not None, "--captions": captions is not None, "--no-caption": no_caption}
     if sum(given.values()) > 1:
-        raise DataError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
+        raise UsageError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
 
 
 def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
@@ -126,13 +126,13 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     images_only = all(item.path in named and not item.in_shard for item in dataset.items)
     if not images_only or "-" in inputs:
         if out is None:
-            raise DataError("these inputs hold a data set: name the folder for its tokens with -o OUT")
+            raise UsageError("these inputs hold a data set: name the folder for its tokens with -o OUT")
         if out.suffix == ".safetensors":
-            raise DataError(f"{out}: the tokens of a data set go into a folder, this is a file's name")
+            raise UsageError(f"{out}: the tokens of a data set go into a folder, this is a file's name")
         return out
     if out is not None and out.suffix == ".safetensors":
         if len(dataset) > 1:
-            raise DataError(f"{out}: is one file, and there are {len(dataset)} images; name a folder")
+            raise UsageError(f"{out}: is one file, and there are {len(dataset)} images; name a folder")
         return [out]
     files = [(out or item.path.parent) / f"{item.path.stem}{SUFFIX}" for item in dataset.items]
     twice, times = Counter(files).most_common(1)[0]

@@ -29,7 +29,7 @@ from texttok_cli.commands.options import (
     given_options,
 )
 from texttok_cli.config import Precision
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS, NOTES, PROTOCOLS, Protocol, ProtocolName
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def eval_(
     if len(model or []) > 1:
         check_one_model(given)
     if save_samples is not None and processes.size > 1:
-        raise DataError("--save-samples: one process writes one file; leave it out, or run without a launcher")
+        raise UsageError("--save-samples: one process writes one file; leave it out, or run without a launcher")
     where = str(pick_device(processes.device(device)))
     models = None if samples is not None else _load_models(model, device=where, precision=precision, offline=offline)
 
@@ -149,7 +149,7 @@ def _names(metric: str | None, fixed: Protocol | None, *, generated: bool, stati
     if metric is not None:
         names = list(dict.fromkeys(name.strip() for name in metric.split(",") if name.strip()))
         if not names:
-            raise DataError("--metric: names no metric")
+            raise UsageError("--metric: names no metric")
     elif fixed is not None:
         names = list(fixed.metrics)
     else:
@@ -163,7 +163,7 @@ def _notes(notes: Sequence[str]) -> dict[str, str]:
     for entry in notes:
         key, _, value = entry.partition("=")
         if key not in NOTES or not value:
-            raise DataError(f"--note {entry}: not KEY=VALUE with a key among {', '.join(NOTES)}")
+            raise UsageError(f"--note {entry}: not KEY=VALUE with a key among {', '.join(NOTES)}")
         found[key] = value
     return found
 
@@ -178,9 +178,9 @@ def _load_models(models: Sequence[str] | None, *, device: str, precision: Precis
         if not name.startswith(PREFIX):
             loaded.append(load_tokenizer(name, device=device, precision=precision, offline=offline))
         elif precision != "fp32":
-            raise DataError(f"{name}: baselines compute in fp32 only; leave out --precision")
+            raise UsageError(f"{name}: baselines compute in fp32 only; leave out --precision")
         else:
             loaded.append(load_baseline(name, device=device, offline=offline))
         if loaded[-1].info.sha256 in [model.info.sha256 for model in loaded[:-1]]:
-            raise DataError(f"--model {name}: is given twice")
+            raise UsageError(f"--model {name}: is given twice")
     return loaded

@@ -6,20 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 from texttok_cli.metrics.protocols import REFERENCE_CAPTIONS, Protocol
 
 COMPARES = {"compare", "html", "json", "quiet", "debug"}  # what --compare reads
 
 
 def check_comparing(given: Mapping[str, str]) -> None:
-    """DataError for an option that measures something, beside --compare."""
+    """UsageError for an option that measures something, beside --compare."""
     why = "does not go with --compare, which measures nothing: its table goes to stdout, as JSON with --json, or to --html"
     _refuse(given, sorted(given.keys() - COMPARES), why)
 
 
 def check_used(given: Mapping[str, str], names: Sequence[str], protocol: Protocol | None) -> None:
-    """DataError for an option that would change nothing of what is asked for."""
+    """UsageError for an option that would change nothing of what is asked for."""
     from texttok_cli.metrics.registry import uses_clip, uses_inception
 
     clip, generated = uses_clip(names), "samples" in given
@@ -44,29 +44,29 @@ def check_used(given: Mapping[str, str], names: Sequence[str], protocol: Protoco
 
 
 def check_one_model(given: Mapping[str, str]) -> None:
-    """DataError for a file of the images of one model, of which there are several."""
+    """UsageError for a file of the images of one model, of which there are several."""
     _refuse(given, ("save_stats", "save_samples"), "is of one model's images: give one --model with it")
 
 
 def check_targets(targets: Mapping[str, Path | None]) -> None:
-    """DataError for a file that could not be written in the end, by its option."""
+    """UsageError for a file that could not be written in the end, by its option."""
     taken: dict[Path, str] = {}
     for option, path in targets.items():
         if path is None:
             continue
         if path.is_dir():
-            raise DataError(f"{option} {path}: is a folder; name a file in it")
+            raise UsageError(f"{option} {path}: is a folder; name a file in it")
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not folder.is_dir():
-            raise DataError(f"{option} {path}: {folder} is not a folder")
+            raise UsageError(f"{option} {path}: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise DataError(f"{option} {path}: {folder} can't be written to")
+            raise UsageError(f"{option} {path}: {folder} can't be written to")
         other = taken.setdefault(path.resolve(), option)
         if other != option:
-            raise DataError(f"{option} {path}: is what {other} writes; name another file")
+            raise UsageError(f"{option} {path}: is what {other} writes; name another file")
 
 
 def _refuse(given: Mapping[str, str], options: Sequence[str], why: str) -> None:
     refused = next((given[option] for option in options if option in given), None)
     if refused is not None:
-        raise DataError(f"{refused} {why}")
+        raise UsageError(f"{refused} {why}")

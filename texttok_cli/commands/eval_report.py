@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 from texttok_cli.metrics.protocols import DECLARED
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     parts = [(path, by_samples(load_report(path))) for path in paths]
     reports = [part for _, found in parts for part in found]
     if len(reports) < 2:
-        raise DataError(f"--compare {paths[0]}: only one report; name at least two")
+        raise UsageError(f"--compare {paths[0]}: only one report; name at least two")
     unique = len({path.stem for path in paths}) == len(paths)
     labels = [path.stem if unique else str(path) for path in paths]
     names = [

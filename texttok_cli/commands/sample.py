@@ -12,7 +12,7 @@ import typer
 
 from texttok_cli.commands.options import BatchSizeOption, DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption
 from texttok_cli.config import Labels
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from texttok_cli.commands.sample_folder import SampleFolder
@@ -164,7 +164,7 @@ def _how(file: Path, sampler: str | None, steps: int | None, cfg: str | None, gu
     how = Sampling.asked(config, sampler, steps, cfg)
     plan_sampling(config, how, by_null=guide is None)
     if guide is not None and how.guidance.scale == 1:
-        raise DataError(f"--guide {guide}: would not be used, as cfg 1 means no guidance: give another --cfg, or leave out --guide")
+        raise UsageError(f"--guide {guide}: would not be used, as cfg 1 means no guidance: give another --cfg, or leave out --guide")
     return how
 
 
@@ -172,7 +172,7 @@ def _check_one_kind(options: Mapping[str, object | None]) -> None:
     given = [name for name, value in options.items() if value]
     if len(given) != 1:
         problem = f"{' and '.join(given)} exclude each other" if given else "nothing to sample"
-        raise DataError(f"{problem}: give --class, --prompt or --prompts, or --labels for all classes")
+        raise UsageError(f"{problem}: give --class, --prompt or --prompts, or --labels for all classes")
 
 
 def _prompts(prompt: list[str] | None, file: Path | None) -> list[str] | None:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from texttok_cli.data import save_png, save_pngs, to_tensor
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
 from texttok_cli.metrics.sources import NpzImages, NpzWriter
 
@@ -89,7 +89,7 @@ class SampleFolder:
     def _check(self) -> None:
         check_can_be_folder(self.path, else_name="")
         if self.path.suffix in (".npz", ".png"):
-            raise DataError(f"{self.path}: -o names a folder; with --format npz it will hold samples.npz")
+            raise UsageError(f"{self.path}: -o names a folder; with --format npz it will hold samples.npz")
         if not self.begun:
             if self.images.exists() or self.npz.exists():
                 raise DataError(f"{self.path}: holds images that are not known to be of this run (no settings.json): choose another -o OUT")

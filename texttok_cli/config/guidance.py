@@ -18,7 +18,7 @@ class Guidance:
     With `power` p the weight grows from 1 at t = T to the scale s at t = 0: 1 + (s-1) (1 - cos(pi (1 - t/T)^p)) / 2 (MDT).
     Outside `interval` of t/T (Kynkäänniemi et al., 2024; its ends belong to it) it is 1: no guidance.
     `channels` are as many first channels of the latents, None all of them; the others stay conditional. The original DiT's published
-    samples are guided on three of four (its forward_with_cfg), TexTok's on all.
+    samples are guided on three of four (its forward_with_cfg); TexTok's recipes guide all ([I] ours).
     """
 
     scale: float = 1.0

@@ -62,7 +62,7 @@ class PerceptualLoss(Config):
 
 
 class DiscriminatorConfig(Config):
-    """StyleGAN's discriminator (Sec. 4.1: ~24 M parameters): channels of level i are base * multipliers[i]."""
+    """StyleGAN's discriminator (Sec. 4.1: ~24 M parameters; [I] in MAGVIT's form): channels of level i are base * multipliers[i]."""
 
     base: int = Field(128, ge=1, le=4096)  # [I] config: with these multipliers 24.2 M at 256 px, as the paper says
     multipliers: list[float] = Field([1, 2, 4, 4, 4, 4], min_length=1, max_length=12)  # 512 px: [0.5, 1, 2, 4, 4, 4, 4]
@@ -71,16 +71,16 @@ class DiscriminatorConfig(Config):
 
 
 class AdversarialLoss(Config):
-    """GAN with R1 and LeCAM (Sec. 3.2, following MAGVIT-v2), from one optimizer step on."""
+    """GAN with LeCAM (Sec. 3.2, following MAGVIT-v2) and R1 (which the paper does not name), from one optimizer step on."""
 
-    kind: GanKind = "non_saturating"
+    kind: GanKind = "non_saturating"  # [I] MAGVIT
     weight: float = Field(0.1, ge=0)  # [I] config, MAGVIT
     start: int = Field(80_000, ge=0)  # [I] config
     ramp: int = Field(0, ge=0)  # steps over which the generator's weight then grows from 0
     adaptive: bool = False  # scale the weight by the ratio of the gradients' norms at the last layer, as VQGAN
     r1: float = Field(10.0, ge=0)  # [I] config, MAGVIT: times E||grad_x D||^2, without 1/2
     r1_every: int = Field(1, ge=1)  # k: applied every k-th step, times k
-    lecam: float = Field(1e-4, ge=0)  # [I] config
+    lecam: float = Field(1e-4, ge=0)  # [I] config; in the form of its authors' code
     lecam_decay: float = Field(0.999, ge=0, lt=1)  # [I] MAGVIT
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 

@@ -247,7 +247,7 @@ class ClassLabels(Config):
 
 
 class PromptCondition(Config):
-    """Text tokens through a cross-attention layer in every block (Sec. 4.5, as PixArt's)."""
+    """Text tokens through a cross-attention layer in every block (Sec. 4.1, as PixArt's)."""
 
     source: Literal["text"]
     encoder: TextEncoderConfig = TextEncoderConfig()

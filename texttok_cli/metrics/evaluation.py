@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from texttok_cli.errors import DataError
+from texttok_cli.errors import UsageError
 from texttok_cli.metrics.cards import declare, results_of
 from texttok_cli.metrics.clip import ClipScorer
 from texttok_cli.metrics.evaluator import Evaluator
@@ -63,22 +63,22 @@ def evaluate(
     The report's `results` are in the order of the metrics, one model after the other. Each has `metric`, `value` (a float, None
     where it is not finite), `spread` (None where the rule has none), `card` and `warnings`.
 
-    Raises DataError for an unknown metric, for images that can't be read, are too few or don't match, and for arguments that don't
-    go together; BackendError for a device or weights that are not available.
+    Raises UsageError for an unknown metric and for arguments that don't go together, DataError for images that can't be read, are
+    too few or don't match; BackendError for a device or weights that are not available.
     """
     job = job or Job()
     check_names(metrics)
     unknown = next((key for key in notes or {} if key not in NOTES), None)
     if unknown is not None:
-        raise DataError(f"notes: {unknown!r} is not one of {', '.join(NOTES)}")
+        raise UsageError(f"notes: {unknown!r} is not one of {', '.join(NOTES)}")
     fixed = PROTOCOLS[protocol] if protocol else None
     if fixed is not None and resize != fixed.resize:
-        raise DataError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
+        raise UsageError(f"--protocol {protocol} resizes by {fixed.resize}: leave out --resize, or the protocol")
     if isinstance(model, str | Path):
-        raise DataError(f"model: {str(model)!r} is a name; give what load_tokenizer({str(model)!r}) returns")
+        raise UsageError(f"model: {str(model)!r} is a name; give what load_tokenizer({str(model)!r}) returns")
     models = [] if model is None else list(model) if isinstance(model, Sequence) else [model]
     if (samples is None) == (not models) or (references if samples is None else data) is not None:
-        raise DataError("evaluate takes samples and their references, or a model and its data")
+        raise UsageError("evaluate takes samples and their references, or a model and its data")
     where = pick_device(job.processes.device(device))
     listed = None if captions is None else Path(captions)
     opened: list[Subject]

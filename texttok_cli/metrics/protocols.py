@@ -28,8 +28,9 @@ class Protocol:
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
-    # Sec. 4.1: 50K samples of the *training* set against their reconstructions; others take the validation set. The paper does
-    # not say whose network its LPIPS has: both are measured, and neither is said to be its number.
+    # Sec. 4.1: 50K samples of the *training* set; others take the validation set. [I] ours: evenly spaced ones, against their own
+    # reconstructions (the paper does not say what rFID's references are), SSIM by scikit-image's default window. The paper does not
+    # say whose network its LPIPS has: both are measured, and neither is said to be its number.
     "recon": Protocol(("rfid", "ris", "psnr", "ssim", "lpips-vgg", "lpips-alex"), "reconstruction", "train", None),
     # Sec. 4.1: ADM's suite; the reference is VIRTUAL_imagenet{256_labeled,512}.npz. The paper does not say how labels are
     # drawn: equally many of each class, as most do since, is [I].
@@ -40,6 +41,7 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         "equally many a class",
         reference="VIRTUAL_imagenet",
     ),
-    # Sec. 4.5: generated from the validation set's captions, against all of that set.
+    # Sec. 4.5: generated from the validation set's captions, against all of that set. Sec. 4.1 cites Hessel et al. for the CLIP score,
+    # whose scale is 2.5; Table 3's 29.23 fits 100 cos [I], without their prefix. Whose CLIP the paper does not say.
     "t2i": Protocol(("fid", "clip-score"), "generation", "val", REFERENCE_CAPTIONS),
 }

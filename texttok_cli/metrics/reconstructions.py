@@ -14,7 +14,7 @@ from torch import Tensor
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import SAMPLE_SET, Dataset, evenly_spaced, open_dataset
 from texttok_cli.data.texts import texts_for
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 from texttok_cli.metrics.registry import uses_clip
 from texttok_cli.metrics.sources import FileImages
 from texttok_cli.metrics.subject import Subject, caption_source, captions_of, names_of
@@ -85,9 +85,9 @@ def open_reconstructions(
     """
     clip = uses_clip(metrics)
     if no_caption and captions is not None and not clip:
-        raise DataError("--captions and --no-caption exclude each other")
+        raise UsageError("--captions and --no-caption exclude each other")
     if captions is not None and not clip and all(model.text_condition is None for model in models):
-        raise DataError(f"{models[0].info.name}: takes no captions, and no metric reads them: leave out --captions")
+        raise UsageError(f"{models[0].info.name}: takes no captions, and no metric reads them: leave out --captions")
     side = _common_size(models, size)
     dataset = open_dataset(data or [SAMPLE_SET], captions=captions, caption_field=caption_field)
     if limit is not None:

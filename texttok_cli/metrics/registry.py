@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from texttok_cli.data import evenly_spaced
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 from texttok_cli.metrics.distribution import (
     ADM_REFERENCE_LIMIT,
     IS_SPLITS,
@@ -186,11 +186,11 @@ def uses_pairs(names: Iterable[str]) -> bool:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """DataError for a name that is no metric, with what there is; `lpips` alone is not one, as its network must be named."""
+    """UsageError for a name that is no metric, with what there is; `lpips` alone is not one, as its network must be named."""
     for name in names:
         if name not in METRICS:
             hint = "; LPIPS has two networks: lpips-alex or lpips-vgg (weights to download), or stlpips-vgg" if name == "lpips" else ""
-            raise DataError(f"{name}: no such metric; there are {', '.join(METRICS)}{hint}")
+            raise UsageError(f"{name}: no such metric; there are {', '.join(METRICS)}{hint}")
 
 
 def check_images(names: Iterable[str], *, n: int, n_reference: int | None, side: int) -> None:

@@ -17,7 +17,7 @@ from texttok_cli.training.optim import gradient_norm, with_base_lr
 
 
 class Adversary:
-    """A StyleGAN discriminator trained with R1 and LeCAM (Sec. 3.2, following MAGVIT-v2).
+    """A StyleGAN discriminator trained with LeCAM (Sec. 3.2, following MAGVIT-v2) and R1 ([I] MAGVIT: the paper does not name it).
 
     It is neither compiled nor wrapped: R1 is of second order, which neither DDP nor torch.compile supports; its
     gradients are averaged over processes explicitly.
