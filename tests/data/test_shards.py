@@ -119,6 +119,36 @@ def test_a_number_that_is_none_in_an_extended_header_is_not_the_end_of_the_run(m
     assert [item.id for item in dataset.items] == ["000", "001"] and "unreadable from some point on" in dataset.skipped[-1].reason
 
 
+def with_header_at_the_end(shard, *blocks):
+    """The shard with these bytes in place of its end mark."""
+    data = shard.read_bytes()
+    end = data.index(b"\0" * 1024, data.rindex(b"001.json") + 1024)
+    shard.write_bytes(data[:end] + b"".join(blocks) + b"\0" * 1024)
+    return shard
+
+
+def sized(name, size, kind=tarfile.REGTYPE):
+    header = tarfile.TarInfo(name)
+    header.type, header.size = kind, size
+    return header.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "reason"),
+    [
+        ([sized("002.bin", -512)], "negative size"),  # its next header would be itself
+        ([sized("002.png", -512)], "negative size"),
+        ([sized("pax", 1 << 70, tarfile.XHDTYPE)], "unreadable"),
+        ([sized("pax", 1 << 61, tarfile.XHDTYPE)], "unreadable"),
+        ([sized("name", 4, tarfile.GNUTYPE_LONGNAME), b"abc".ljust(512, b"\0")] * 5000, "unreadable"),
+    ],
+    ids=["negative", "negative of an image", "beyond 64 bits", "beyond memory", "five thousand on end"],
+)
+def test_a_hostile_header_ends_the_shard_but_not_the_run(make_shard, blocks, reason):
+    dataset = open_dataset([with_header_at_the_end(make_shard(pairs(2)), *blocks)])
+    assert [item.id for item in dataset.items] == ["000", "001"] and reason in dataset.skipped[-1].reason
+
+
 def test_damaged_json_and_a_second_image_are_listed(make_shard):
     members = [("a.png", PNG), ("a.json", b"{cut"), ("b.png", PNG), ("b.jpg", PNG), ("b.json", {}), ("c.png", PNG), ("c.json", b"[1]")]
     dataset = open_dataset([make_shard(members)])

@@ -16,6 +16,8 @@ from texttok_cli.files import json_object
 
 TEXT_SUFFIXES = {".json", ".txt", ".cls"}
 MAX_TEXT_BYTES = 1 << 20
+# A ValueError: a number in an extended header; Overflow and Memory: its size; Recursion: thousands of such headers on end.
+TAR_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 NOT_NORMAL = re.compile(r"/(?:[/.]|\Z)")  # where PurePosixPath, slow for millions, has more to do than to drop a "./" in front
 
 
@@ -67,10 +69,12 @@ def _scan(path: Path) -> _Index:
         try:
             with tarfile.open(fileobj=file, mode="r:") as shard:
                 for member in shard:
+                    if shard.offset < member.offset_data:  # tarfile would read the same headers again, for ever
+                        raise tarfile.ReadError(f"the header of {member.name} has a negative size")
                     _note(index, shard, file, member)
                     shard.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 index.broken = _lost_end(file, shard.offset)
-        except (tarfile.TarError, OSError, EOFError, ValueError) as err:  # a ValueError: a number in an extended header
+        except TAR_DAMAGED as err:
             index.broken = str(err) or type(err).__name__
     return index
 
