@@ -135,6 +135,8 @@ HOSTILE = {
     "a terabyte": (raw({"a": entry(0, 4 << 40, 1 << 40)}, bytes(8)), "cut short: holds"),
     "beyond 64 bits": (raw({"a": entry(0, 0, 1 << 63, 0)}), "header is damaged"),
     "a fraction": (raw({"a": entry(0, 4, 1.0)}, bytes(4)), "header is damaged"),
+    "a million sides": (raw({"a": entry(0, 4, *[1 << 47] * 1_000_000)}, bytes(4)), "header is damaged"),
+    "offsets of a fraction": (raw({"a": entry(0.5, 10**400, 1)}, bytes(4)), "header is damaged"),  # type: ignore[arg-type]
     "an unknown type": (raw({"a": entry(0, 4, 1, dtype="C64")}, bytes(4)), "header is damaged"),
     "not ours": (raw({"a": entry(0, 4, 1)}, bytes(4), meta={"format": "pt"}), "not written by texttok"),
     "our header no object": (raw({}, meta={META_KEY: "3"}), "not written by texttok"),

@@ -24,6 +24,7 @@ from texttok_cli.errors import DataError, TextTokError
 META_KEY = "texttok"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_SIDE = 1 << 48  # of a shape; torch counts in 64 bits
+MAX_SIDES = 64  # torch's own limit
 # Bytes of one element of the types we write.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -237,6 +238,9 @@ def parse_header(
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    # A product of a million sides would take hours, and floats don't subtract from every integer.
+    if len(shape) > MAX_SIDES or not (isinstance(begin, int) and isinstance(end, int)):
+        raise ValueError
     elements = 1
     for side in shape:
         if not isinstance(side, int) or not 0 <= side < MAX_SIDE:
