@@ -140,6 +140,8 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
         ("extends: /\n", "extends '/', which is neither beside it"),
         ("model: {backbone: {size: [S]}}\n", r"model.backbone: size \['S'\] is not one of S, B"),
         ("data: {train: 2024-13-45}\n", "not readable as YAML: month must be in 1..12"),
+        ("schedule: {steps: 0x" + "f" * 5000 + "}\n", "not readable as YAML: a number of 5,002 digits"),
+        ("schedule: {steps: 1" + ":59" * 300 + ".5}\n", "not readable as YAML"),
         ("data: {train: !!bool x}\n", "not readable as YAML"),
         ("data: " + "[" * 3000 + "]" * 3000, "not readable as YAML: nested too deeply"),
         ("data: {train: x}\nmodel: {}\ndata: {train: y}\n", "not readable as YAML: .*the key 'data' stands twice"),

@@ -7,9 +7,16 @@ from typing import Any
 
 import yaml
 
+MAX_DIGITS = 1000  # Python writes no number of over 4300
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe one takes the last of two equal keys without a word."""
+    """PyYAML's safe one takes the last of two equal keys without a word, and numbers that can't be written down again."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(node.value):,} digits", node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[tuple[str, str]] = set()
@@ -21,12 +28,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, which can't run anything. ValueError, one line, for one that is none."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # A value that is not of its kind, such as the date 2024-13-45, is no YAMLError.
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as err:
+    # A value that is not of its kind, such as the date 2024-13-45, is no YAMLError; nor is a number in base 60 (1:30:00.5) beyond float64.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, OverflowError) as err:
         raise ValueError(" ".join(str(err).split())) from None
