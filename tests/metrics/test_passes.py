@@ -109,7 +109,7 @@ def test_a_state_is_not_gone_on_from_with_what_would_give_other_numbers(
     assert run().resume() == 4
 
 
-@pytest.mark.parametrize("change", [{"done": "x"}, {"done": 10**6}, {"done": None}])
+@pytest.mark.parametrize("change", [{"done": "x"}, {"done": 10**6}, {"done": None}, {"done": float("inf")}])
 def test_a_damaged_state_is_one_line(change: dict[str, object], fake: None, tmp_path: Path) -> None:
     state = tmp_path / "state"
 

@@ -28,7 +28,7 @@ from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import TrainLoader, center_crop, open_dataset, to_tensor, to_uint8
 from texttok_cli.data.loader import SampleStream
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TrainingError
-from texttok_cli.files import alone_in, save_safetensors, sha256_file
+from texttok_cli.files import alone_in, load_safetensors, save_safetensors, sha256_file
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.statistics import RunningGaussian, frechet_distance
 from texttok_cli.models.bottleneck import DEAD_USAGE, USAGE_DECAY, code_usage
@@ -77,6 +77,32 @@ def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, 
     steps = [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "whole")]
     assert steps == [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "parts")]
     assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("header", "changes", "missing"),
+    [
+        ({"samples": "all"}, {}, None),
+        ({"step": 10**400}, {}, None),
+        ({"step": 2}, {}, None),
+        ({}, {"model.latent_pos": torch.zeros(1)}, None),
+        ({}, {}, "model.latent_pos"),
+        ({}, {}, "guard.taken"),
+    ],
+    ids=["samples", "step", "another step", "shape", "weight", "guard"],
+)
+def test_a_damaged_state_is_one_line(
+    recipe_file: RecipeFile, tmp_path: Path, header: dict, changes: dict[str, torch.Tensor], missing: str | None
+) -> None:
+    recipe, out = recipe_file(), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(recipe, out, report=Stop(3, signal.SIGTERM))
+    state = out / "state/step-00000003/state.safetensors"
+    meta, tensors = load_safetensors(state, error=CheckpointError)
+    kept = {name: value for name, value in (tensors | changes).items() if name != missing}
+    save_safetensors(state, kept, meta | header)
+    with pytest.raises(CheckpointError, match=r"^\S*run/state.* is damaged; remove it, or the whole \S*run to start again$"):
+        train(recipe, out)
 
 
 def test_the_state_holds_all_that_the_next_step_depends_on(recipe_file: RecipeFile, tmp_path: Path) -> None:

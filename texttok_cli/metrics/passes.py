@@ -72,7 +72,7 @@ class Pass:
             truncated, done = int(header["truncated"]), int(header["done"])
             if not 0 <= done <= self.images:
                 raise ValueError
-        except (KeyError, TypeError, ValueError, RuntimeError):
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             raise DataError(f"{state}: is damaged; remove it to start again") from None
         if self.evaluator.clip is not None:
             self.evaluator.clip.truncated = truncated

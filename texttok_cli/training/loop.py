@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from texttok_cli.config.recipe import Recipe
-from texttok_cli.errors import BackendError, TrainingError
+from texttok_cli.errors import BackendError, CheckpointError, TrainingError
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import lr_scale, set_lr
@@ -81,7 +81,14 @@ def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
         raise TrainingError(f"{run.path}: not all processes see the same saved state; it must lie on a file system that all share")
     begin, tensors = run.load_state(task.optimizers)
     if tensors:
-        task.load_state(tensors)
+        try:
+            task.load_state(tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, RuntimeError):  # a tensor that is missing, or of another shape
+            raise CheckpointError(
+                f"{run.state_path}: its state of step {begin} is damaged; remove it, or the whole {run.path} to start again"
+            ) from None
     if engine.is_main:
         run.rewind_log(begin)
     return begin

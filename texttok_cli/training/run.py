@@ -162,17 +162,20 @@ class RunFolder:
         if not states:
             return 0, {}
         meta, tensors = load_safetensors(states[-1] / "state.safetensors", error=CheckpointError)
-        if meta.get("samples", self.samples) != self.samples:
+        damaged = CheckpointError(f"{states[-1]}: is damaged; remove it, or the whole {self.path} to start again")
+        samples = meta.get("samples", self.samples)
+        if not isinstance(samples, int) or meta.get("step") != self.newest_step:
+            raise damaged
+        if samples != self.samples:
             raise TrainingError(
-                f"{self.path}: was trained on {meta['samples']:,} examples, now there are {self.samples:,}: bring back the same data"
+                f"{self.path}: was trained on {samples:,} examples, now there are {self.samples:,}: bring back the same data"
             )
         try:
             for i, optimizer in enumerate(optimizers):
                 _restore_optimizer(optimizer, i, tensors)
-            step = int(meta["step"])
         except (KeyError, IndexError, TypeError, ValueError):
-            raise CheckpointError(f"{states[-1]}: is damaged; remove it, or the whole {self.path} to start again") from None
-        return step, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+            raise damaged from None
+        return self.newest_step, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
 
     def _states(self) -> list[Path]:
         return sorted(p for p in self.state_path.glob("step-*") if p.name.removeprefix("step-").isdecimal())  # not .partial
@@ -247,7 +250,7 @@ def _json_number(value: Any) -> Any:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line).get("step", 0))
-    except (ValueError, TypeError, AttributeError, RecursionError):  # the last line of a killed run, or damaged
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # the last line of a killed run, or damaged
         return float("inf")
 
 
