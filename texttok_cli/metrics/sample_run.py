@@ -83,8 +83,12 @@ def sample_run(samples: str) -> SampleRun:
             "guidance": settings["cfg"],
             "guide_sha256": settings["guide_sha256"],
         }
-        n = settings["images"]
-    except (ValueError, KeyError, TypeError) as err:
+        n = int(settings["images"])
+        if not all(isinstance(one, int) for one in classes) or not all(isinstance(one, str) for one in captions):
+            raise ValueError("class_id must be a number, caption text")
+        if not all(value is None or isinstance(value, str) for value in card.values()):
+            raise ValueError("what made the samples must be text")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
         raise DataError(f"{folder}: {RUN_SETTINGS} or {RUN_LINES} is damaged ({type(err).__name__} {err})") from None
     if len(about) < n:
         raise DataError(f"{folder}: {len(about):,} of {n:,} samples are there; run the same `texttok sample` again")
