@@ -208,3 +208,11 @@ def test_floats_and_nothing_are_no_images() -> None:
     for nothing in ([], torch.zeros(0, 3, 8, 8, dtype=torch.uint8)):
         with pytest.raises(DataError, match="no image to evaluate"):
             TensorImages(nothing)
+
+
+@pytest.mark.parametrize("shape", [(10_000_001, 1, 1, 3), (1, 10_001, 10_001, 3)])
+def test_a_batch_that_a_small_file_only_claims_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with pytest.raises(DataError, match=r"samples\.npz: arr_0 is .*, over the limit of 10,000,000 images"):
+        NpzImages(tmp_path / "samples.npz")

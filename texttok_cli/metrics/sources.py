@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.data import Dataset, eval_batches, load_image
+from texttok_cli.data.images import MAX_PIXELS
 from texttok_cli.errors import DataError
 from texttok_cli.files import atomic_path, sha256_file
 from texttok_cli.metrics.inception import POOL_DIM, SPATIAL_DIM
@@ -35,6 +36,7 @@ NUMPY_DAMAGED = (
     *(OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     *(ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError, struct.error),
 )
+MAX_IMAGES = 10_000_000  # of an .npz: zeros are packed a thousand to one, so a small file could name any number
 JPEG = b"\xff\xd8\xff"  # how such a file begins
 WIDTHS = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
 
@@ -123,6 +125,8 @@ class NpzImages(Images):
             raise DataError(f"{path}: no image batch (arr_0) can be read from it ({_why(err)})") from None
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
             raise DataError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, S, S, 3)")
+        if shape[1] ** 2 > MAX_PIXELS or shape[0] > MAX_IMAGES:
+            raise DataError(f"{path}: arr_0 is {shape}, over the limit of {MAX_IMAGES:,} images or of {MAX_PIXELS:,} pixels each")
         if not whole:
             raise DataError(f"{path}: arr_0 does not have the size of uint8 {shape}: damaged or cut short")
         self.size = shape[1]
