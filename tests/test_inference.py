@@ -310,3 +310,12 @@ def test_the_command_lines_default_model_is_the_apis() -> None:
     from texttok_cli.commands.encode import encode
 
     assert inspect.signature(encode).parameters["model"].default == inference.DEFAULT_MODEL
+
+
+def test_latents_can_be_trained_on(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    """In the caller's own graph, also on a CPU, where nothing copies them out of inference mode."""
+    z, head = tokenizer.encode(draw(tmp_path / "a.png"), "a"), torch.nn.Linear(8, 1)
+    head(z).sum().backward()
+    assert head.weight.grad is not None
+    z.requires_grad_().square().sum().backward()
+    assert z.grad is not None

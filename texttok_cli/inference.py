@@ -52,7 +52,8 @@ class Tokenizer:
 
         Images are paths or PIL images, one or several, cropped square and resized as the ADM protocol does; or a uint8
         tensor (B, 3, S, S). A model with text takes as many captions as images ("" is the empty condition), one without
-        takes none. An image with its caption gives the same latents in any batch, to 1e-4 in fp32.
+        takes none. An image with its caption gives the same latents in any batch, to 1e-4 in fp32. They carry no gradient: for one
+        through the network call `model.encode(normalize(images), text(captions))` (`texttok_cli.data.normalize`).
 
         Raises DataError for an unreadable image, a tensor of another type or shape and captions that don't match.
         """
@@ -72,11 +73,13 @@ class Tokenizer:
             raise DataError(f"{self.info.name}: has no codes; it is a tokenizer without vector quantisation")
         if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < len(bottleneck.codebook):
             raise DataError(f"{self.info.name}: its codes are 0 to {len(bottleneck.codebook) - 1}")
-        with torch.inference_mode():
+        with torch.no_grad():
             return bottleneck.lookup(codes.to(self.device)).cpu()
 
     def decode(self, z: Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
-        """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S) on the CPU.
+        """Raw latents (B, N, d), with the captions they were made with, to uint8 images (B, 3, S, S), 0 to 255, on the CPU.
+
+        For a gradient call `model.decode(z, text(captions))`, whose images are floats in [-1, 1].
 
         Raises DataError for latents of another shape or none, and captions that don't match.
         """
@@ -84,7 +87,7 @@ class Tokenizer:
         if not len(z) or z.shape[1:] != expected:
             raise DataError(f"{self.info.name}: latents are {tuple(z.shape)}, not (B, {expected[0]}, {expected[1]})")
         cond = self._condition(captions, len(z))
-        with torch.inference_mode(), self._autocast():
+        with torch.no_grad(), self._autocast():
             images = self.model.decode(z.to(self.device, torch.float32), cond)
         return to_uint8(images.float()).cpu()
 
@@ -122,7 +125,7 @@ class Tokenizer:
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
             raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
         cond = self._condition(captions, len(pixels))
-        with torch.inference_mode(), self._autocast():
+        with torch.no_grad(), self._autocast():
             return self.model.encode(normalize(pixels.to(self.device)), cond)
 
     def _condition(self, captions: str | Sequence[str] | None, n: int) -> Condition | None:
