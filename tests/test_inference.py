@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from texttok_cli import inference
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.data.texts import texts_for
-from texttok_cli.errors import CheckpointError, DataError
+from texttok_cli.errors import BackendError, CheckpointError, DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer
 from texttok_cli.tokens import Tokens
@@ -319,3 +320,10 @@ def test_latents_can_be_trained_on(tokenizer: Tokenizer, tmp_path: Path, draw: C
     assert head.weight.grad is not None
     z.requires_grad_().square().sum().backward()
     assert z.grad is not None
+
+
+@pytest.mark.parametrize("precision", ["fp16", torch.bfloat16])
+def test_a_precision_that_there_is_not_is_refused(precision: Any, models: Path) -> None:
+    """Nothing would compute in it, and a report would say that it did."""
+    with pytest.raises(BackendError, match=r"precision .*: there are fp32 and bf16"):
+        load_tokenizer(models / "text.safetensors", precision=precision)

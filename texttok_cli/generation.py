@@ -208,7 +208,7 @@ def load_generator(
     tokenizer: str | Path | None = None,
     captions: Path | None = None,
     guide: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: Precision = "fp32",
     offline: bool = False,
 ) -> Generator:
@@ -217,7 +217,7 @@ def load_generator(
     The tokenizer is found by its hash among the bundled ones and beside the generator's file, else `tokenizer` names it.
     `captions` is a list of unseen captions instead of the one beside the file; `guide` a weaker generator for autoguidance.
 
-    Raises CheckpointError for a model that is not there, not whole or not of this generator, BackendError for a device or text
+    Raises CheckpointError for a model that is not there, not whole or not of this generator, BackendError for a device, precision or text
     encoder that isn't, and DataError for `captions` given to a generator that reads none and for a list of captions that can't be
     used.
     """

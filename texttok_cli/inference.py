@@ -147,13 +147,14 @@ class Tokenizer:
 def load_tokenizer(
     model: str | Path = DEFAULT_MODEL,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: Precision = "fp32",
     offline: bool = False,
 ) -> Tokenizer:
     """A tokenizer by bundled name, path or `hf://owner/name`, ready to encode and decode.
 
-    Raises CheckpointError for a model that is not there or not whole, BackendError for a device or text encoder that isn't.
+    Raises CheckpointError for a model that is not there or not whole, BackendError for a device, precision or text
+    encoder that isn't.
     """
     where = pick_device(device)
     net, info = load_tokenizer_file(find_model(model, offline=offline), device=where)

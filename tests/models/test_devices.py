@@ -20,7 +20,7 @@ def test_auto_is_the_fastest_device_that_there_is(monkeypatch: pytest.MonkeyPatc
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == pick_device(torch.device("cpu")) == torch.device("cpu")
     for device in ("cuda", "mps", "tpu"):
         with pytest.raises(BackendError, match=f"--device {device}: not available here"):
             pick_device(device)

@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from texttok_cli.errors import BackendError
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """`auto` takes cuda, then mps, then cpu. BackendError for a device this machine or build does not have."""
+    device = str(device)
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import Transformer
+from texttok_cli.errors import BackendError
 
 Model = TypeVar("Model", bound=nn.Module)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +142,10 @@ def in_precision(model: Model, precision: Precision) -> Model:
     a CPU that can.
 
     For inference alone, on the model's device: what it computes under autocast, or on inputs in bf16, does not change.
+    BackendError for another precision than these: nothing else would say that it is not computed in.
     """
+    if precision not in DTYPES:
+        raise BackendError(f"precision {precision!r}: there are {' and '.join(DTYPES)}")
     for module in list(model.modules()) if precision == "bf16" else ():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
