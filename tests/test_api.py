@@ -54,6 +54,26 @@ def test_a_data_set_in_a_few_lines(models: Path, tmp_path: Path, draw: Callable[
     assert [len(load_tokens(tmp_path / f"{number}.tok.safetensors")) for number in range(2)] == [2, 1]
 
 
+def test_a_path_may_be_a_string(models: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a notebook names a file or folder, and one input needs no list."""
+    from texttok_cli import encode_dataset, evaluate, load_tokenizer, load_tokens, open_dataset, save_tokens
+    from texttok_cli.checkpoint import save_tokenizer
+    from texttok_cli.metrics.report import load_report, save_report
+
+    monkeypatch.chdir(tmp_path)
+    Path("captions.jsonl").write_text('{"id": "0.png", "caption": "zero"}\n')
+    dataset = open_dataset("pictures", captions="captions.jsonl")
+    assert [item.caption for item in dataset.items] == ["zero", *(f"number {i}" for i in range(1, 5))]
+    save_tokenizer("model.safetensors", load_tokenizer(models / "plain.safetensors").model, training={})
+    tokenizer = load_tokenizer("model.safetensors")
+    (_, tokens), *_ = encode_dataset(tokenizer, dataset, None, batch_size=5, on_error=print)
+    save_tokens("all.tok.safetensors", tokens)
+    assert load_tokens("all.tok.safetensors").header == tokens.header
+    report = evaluate(["psnr"], model=tokenizer, data="pictures")
+    save_report("report.json", report)
+    assert load_report("report.json") == report
+
+
 @pytest.fixture
 def pictures(tmp_path: Path, draw: Callable[..., Path]) -> Path:
     """Five, with captions."""

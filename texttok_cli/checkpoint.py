@@ -98,15 +98,15 @@ class GeneratorInfo:
 
 
 def save_tokenizer(
-    path: Path, model: TexTok, *, training: dict[str, Any], latents_of: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    path: str | Path, model: TexTok, *, training: dict[str, Any], latents_of: Sequence[str] = (), dtype: torch.dtype = torch.float32
 ) -> None:
     """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically."""
     header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=list(latents_of), training=training)
-    save_safetensors(path, _weights(model, dtype), header.model_dump(mode="json"))
+    save_safetensors(Path(path), _weights(model, dtype), header.model_dump(mode="json"))
 
 
 def save_generator(
-    path: Path,
+    path: str | Path,
     dit: DiT,
     *,
     tokenizer_name: str,
@@ -129,7 +129,7 @@ def save_generator(
         training=training,
     )
     hashes = torch.tensor(sorted({caption_hash(text) for text in train_captions}), dtype=torch.int64)
-    save_safetensors(path, {**_weights(dit, dtype), CAPTIONS: hashes}, header.model_dump(mode="json"))
+    save_safetensors(Path(path), {**_weights(dit, dtype), CAPTIONS: hashes}, header.model_dump(mode="json"))
 
 
 def caption_hash(text: str) -> int:

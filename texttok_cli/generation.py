@@ -206,7 +206,7 @@ def load_generator(
     model: str | Path = BUNDLED["class"],
     *,
     tokenizer: str | Path | None = None,
-    captions: Path | None = None,
+    captions: str | Path | None = None,
     guide: str | Path | None = None,
     device: str | torch.device = "auto",
     precision: Precision = "fp32",
@@ -246,7 +246,7 @@ def load_generator(
         raise DataError(f"{info.name}: its detokenizer reads no captions of classes: leave out --captions")
     beside = file.with_name(file.stem + CAPTIONS_SUFFIX)
     unseen = captions or (beside if beside.is_file() else None)
-    bank = None if unseen is None else UnseenCaptions(unseen)
+    bank = None if unseen is None else UnseenCaptions(Path(unseen))
     return Generator(in_precision(dit, precision), info, decoder, text=text, captions=bank, guide=weaker, precision=precision)
 
 

@@ -103,9 +103,9 @@ class Tokens:
         return sum(len(caption.encode()) for caption in self.header.captions or [])
 
 
-def save_tokens(path: Path, tokens: Tokens) -> None:
+def save_tokens(path: str | Path, tokens: Tokens) -> None:
     """Write a token file atomically, in the header's dtype. TokenFileError if a token can't be kept in it."""
-    header = tokens.header
+    path, header = Path(path), tokens.header
     if header.codes is not None:
         _check_codes(path, tokens.z, header)
         stored = tokens.z.to(_STORED[header.dtype])
@@ -118,8 +118,9 @@ def save_tokens(path: Path, tokens: Tokens) -> None:
     save_safetensors(path, {_tensor_name(header): stored}, header.model_dump(mode="json"))
 
 
-def load_tokens(path: Path) -> Tokens:
+def load_tokens(path: str | Path) -> Tokens:
     """A token file, every field checked. TokenFileError, one line, for anything that is not a whole token file."""
+    path = Path(path)
     header = load_token_header(path)
     _, tensors = load_safetensors(path, error=TokenFileError)
     if header.codes is not None:

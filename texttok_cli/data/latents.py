@@ -33,13 +33,13 @@ class LatentStore:
     statistics: Statistics
 
     @staticmethod
-    def open(folders: Sequence[Path], *, made_by: Sequence[str]) -> LatentStore:
+    def open(folders: Sequence[str | Path], *, made_by: Sequence[str]) -> LatentStore:
         """Read folders that `texttok encode DATASET -o FOLDER` wrote with a tokenizer of one of these sha256.
 
         Raises TokenFileError for a folder that is none or is damaged, DataError for one of another tokenizer, of codes, or
         whose encoding was cut off.
         """
-        indices = {folder: read_index(folder) for folder in folders}
+        indices = {folder: read_index(folder) for folder in map(Path, folders)}
         for folder, index in indices.items():
             _check(folder, index, made_by)
         dtype = torch.float32 if any(index.dtype == "fp32" for index in indices.values()) else torch.float16

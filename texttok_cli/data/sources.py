@@ -18,8 +18,10 @@ from texttok_cli.errors import DataError
 SAMPLE_SET = Path(__file__).parents[1] / "pretrained" / "emoji128-val.tar"  # pictures that come with the package
 
 
-def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, caption_field: str | None = None) -> Dataset:
-    """List the images of all inputs: image files, folders, .jsonl or .csv manifests, .tar shards (globs and {000..127} allowed), `-`.
+def open_dataset(
+    inputs: str | Path | Sequence[str | Path], *, captions: str | Path | None = None, caption_field: str | None = None
+) -> Dataset:
+    """List the images of one input or all: image files, folders, .jsonl or .csv manifests, .tar shards (globs and {000..127} allowed), `-`.
 
     Nothing is decoded. An id that two inputs share gets its input before it: `INPUT/id` (an image file: its path as given).
 
@@ -33,6 +35,8 @@ def open_dataset(inputs: Sequence[str | Path], *, captions: Path | None = None, 
     unreadable line of `captions` or if it has no image of these, for an id that stands for two images of one input, and for no
     input at all.
     """
+    inputs = [inputs] if isinstance(inputs, str | Path) else inputs
+    captions = None if captions is None else Path(captions)
     found: list[tuple[str, Item]] = []
     skipped: list[Skipped] = []
     for source in (source for name in inputs for source in expand(str(name))):

@@ -125,13 +125,14 @@ def captions_sha256(captions: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(captions)).encode()).hexdigest()
 
 
-def save_report(path: Path, report: Report) -> None:
+def save_report(path: str | Path, report: Report) -> None:
     """Write it as JSON, atomically."""
-    write_json(path, report.model_dump(mode="json"))
+    write_json(Path(path), report.model_dump(mode="json"))
 
 
-def load_report(path: Path) -> Report:
+def load_report(path: str | Path) -> Report:
     """A report, checked. DataError names what is wrong."""
+    path = Path(path)
     value = read_json_object(path, kind="report", error=DataError)
     return parse_header(value, Report, key="texttok_report", version=FORMAT, path=path, error=DataError)
 
