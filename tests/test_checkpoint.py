@@ -49,6 +49,22 @@ def test_bf16_halves_the_weights_and_keeps_the_statistics(models: Path, tmp_path
         assert torch.equal(again.state_dict()[name], value if exact else value.bfloat16().float())
 
 
+def test_a_compiled_model_is_saved_under_its_own_names(models: Path, tmp_path: Path) -> None:
+    model, _ = load_tokenizer_file(models / "text.safetensors")
+    save_tokenizer(tmp_path / "again.safetensors", torch.compile(model, backend="eager"), training={})
+    again, _ = load_tokenizer_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_model_prepared_for_inference_in_bf16_is_not_saved(models: Path, tmp_path: Path) -> None:
+    """Its packed layers, where a CPU has them, have other names: the file could not be read again."""
+    model, _ = load_tokenizer_file(models / "text.safetensors")
+    model.to_pixels = torch.nn.Sequential(model.to_pixels)  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: the model can't be saved.*load it with precision fp32"):
+        save_tokenizer(tmp_path / "m.safetensors", model, training={})
+    assert not list(tmp_path.iterdir())
+
+
 def damaged(models: Path, tmp_path: Path, change: Any) -> Path:
     """A copy of the model file after `change(header, tensors)`."""
     header, tensors = load_safetensors(models / "text.safetensors", error=CheckpointError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,9 +100,13 @@ class GeneratorInfo:
 def save_tokenizer(
     path: str | Path, model: TexTok, *, training: dict[str, Any], latents_of: Sequence[str] = (), dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically."""
+    """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically.
+
+    `model.latent_mean` and `model.latent_std` (d,), of the latents of training images, are the caller's to fill: int8 token files go by
+    them, and cut off what is over 4 deviations. CheckpointError for a model that was changed for inference (precision bf16).
+    """
     header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=list(latents_of), training=training)
-    save_safetensors(Path(path), _weights(model, dtype), header.model_dump(mode="json"))
+    save_safetensors(Path(path), _weights(Path(path), model, lambda: TexTok(header.model), dtype), header.model_dump(mode="json"))
 
 
 def save_generator(
@@ -129,7 +133,8 @@ def save_generator(
         training=training,
     )
     hashes = torch.tensor(sorted({caption_hash(text) for text in train_captions}), dtype=torch.int64)
-    save_safetensors(Path(path), {**_weights(dit, dtype), CAPTIONS: hashes}, header.model_dump(mode="json"))
+    weights = _weights(Path(path), dit, lambda: DiT(header.model), dtype)
+    save_safetensors(Path(path), {**weights, CAPTIONS: hashes}, header.model_dump(mode="json"))
 
 
 def caption_hash(text: str) -> int:
@@ -193,8 +198,16 @@ def _header(path: Path, schema: type[Schema], task: Literal["tokenizer", "genera
     return parse_header(meta, schema, key="texttok_model", version=FORMAT, path=path, error=CheckpointError), infos
 
 
-def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value if name in STATISTICS else value.to(dtype) for name, value in model.state_dict().items()}
+def _weights(path: Path, model: nn.Module, build: Callable[[], nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a file holds of a model, under the names of one newly built. CheckpointError if it has others: nothing could read it."""
+    # torch.compile's wrappers stand before the names.
+    weights = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    with without_weights():
+        named = build().state_dict().keys()
+    if named != weights.keys():
+        wrong = min(named ^ weights.keys())
+        raise CheckpointError(f"{path}: the model can't be saved: it was changed for inference ({wrong}); load it with precision fp32")
+    return {name: value if name in STATISTICS else value.to(dtype) for name, value in weights.items()}
 
 
 def _fill(model: nn.Module, path: Path, infos: Mapping[str, TensorInfo], *, extra: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
