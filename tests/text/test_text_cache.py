@@ -1,4 +1,7 @@
+import copy
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -53,6 +56,20 @@ def test_a_batch_larger_than_the_cache_is_kept_until_the_next() -> None:
     assert encoder.asked == TEXTS[:3]
     cache(["another"])
     assert list(cache._states) == ["another"]
+
+
+def test_threads_may_share_a_cache() -> None:
+    """As a server's do: a text that another thread's batch pushed out was missed, and what is kept counted wrong for good."""
+    cache = EmbeddingCache(HashEncoder(CONFIG), max_bytes=2000)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: cache([f"a {i % 50}", f"b {i % 7}"]), range(2000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert cache._bytes == sum(states.nbytes for states in cache._states.values()) <= 2000
+    assert same(copy.deepcopy(cache)(TEXTS), HashEncoder(CONFIG)(TEXTS))
 
 
 def test_what_was_cached_in_inference_can_be_trained_with() -> None:

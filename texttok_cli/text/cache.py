@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from texttok_cli.models.condition import Condition
 from texttok_cli.text.base import TextEncoder, pad, unpad
 
 KEPT_TOKENS = 8192
+_encoding = threading.Lock()  # of all caches: one of its own could be neither copied nor pickled with its cache
 
 
 class EmbeddingCache:
@@ -36,7 +38,11 @@ class EmbeddingCache:
         return self.encoder.truncated
 
     def __call__(self, texts: Sequence[str]) -> Condition:
-        """Token states (B, T, C) float32; see TextEncoder."""
+        """Token states (B, T, C) float32; see TextEncoder. Threads may call it, one is answered after the other."""
+        with _encoding:
+            return self._condition(texts)
+
+    def _condition(self, texts: Sequence[str]) -> Condition:
         missing = [text for text in dict.fromkeys(texts) if text not in self._states]
         if missing:
             for text, states in zip(missing, unpad(self.encoder(missing)), strict=True):
