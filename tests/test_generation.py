@@ -16,7 +16,7 @@ from torch import Tensor
 from texttok_cli import Generator, load_generator
 from texttok_cli.checkpoint import load_tokenizer_file, save_tokenizer
 from texttok_cli.data.labels import draw_label, find_class, spread_labels
-from texttok_cli.diffusion import Sampling, parse_cfg, sample
+from texttok_cli.diffusion import Guidance, Sampling, parse_cfg, sample
 from texttok_cli.errors import CheckpointError, DataError, RecipeError, TextTokError
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.layers import PackedLinear
@@ -358,3 +358,13 @@ def test_labels_of_a_generator(load: Callable[..., Generator]) -> None:
 def test_in_bf16_images_are_nearly_those_in_fp32(load: Callable[..., Generator], name: str, asked: dict[str, list]) -> None:
     exact, rounded = (load(name, precision=precision).sample(**asked, **FAST).float() for precision in ("fp32", "bf16"))
     assert 0 < (exact - rounded).abs().mean() < 3 < 20 < exact.std()
+
+
+def test_numbers_and_tensors_do_for_classes_seeds_and_guidance(load: Callable[..., Generator]) -> None:
+    """As a notebook or a training loop has them."""
+    generator = load("class")
+    images = generator.sample(classes=[1, 2], seeds=[3, 4], steps=2, cfg="1.5")
+    assert near(generator.sample(classes=torch.tensor([1, 2]), seeds=torch.tensor([3, 4]), steps=2, cfg=1.5), images)
+    assert near(generator.sample(classes=torch.tensor(2), seeds=4, steps=2, cfg=Guidance(1.5)), images[1:])
+    with pytest.raises(DataError, match="batch_size is 0"):
+        generator.sample(classes=1, batch_size=0)

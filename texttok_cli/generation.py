@@ -24,7 +24,7 @@ from texttok_cli.config.schema import ClassLabels, PromptCondition, TokenLatents
 from texttok_cli.data.labels import class_text, draw_label, find_class, spread_labels
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import UnseenCaptions
-from texttok_cli.diffusion import Sampling, sample
+from texttok_cli.diffusion import Guidance, Sampling, sample
 from texttok_cli.errors import CheckpointError, DataError
 from texttok_cli.inference import Tokenizer, bundled_models, find_model, load_tokenizer
 from texttok_cli.models.devices import pick_device
@@ -34,7 +34,7 @@ from texttok_cli.text import EmbeddingCache, load_text_encoder
 
 BUNDLED = {"class": "class-32-128", "text": "t2i-32-128"}  # by what they are conditioned on; recipes tiny/NAME
 CAPTIONS_SUFFIX = ".captions.jsonl"  # beside a generator's file: NAME.captions.jsonl
-Asked = TypeVar("Asked", str, str | int)
+Asked = TypeVar("Asked", str, int, str | int)
 
 MAX_SEED = 2**32 - 1  # all that torch's generator on the CPU tells apart
 
@@ -88,24 +88,26 @@ class Generator:
     def sample(
         self,
         *,
-        classes: str | int | Sequence[str | int] | None = None,
+        classes: str | int | Sequence[str | int] | Tensor | None = None,
         prompts: str | Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         steps: int | None = None,
-        cfg: str | None = None,
+        cfg: str | float | Guidance | None = None,
         sampler: str | None = None,
         batch_size: int = 32,
     ) -> Tensor:
         """Images uint8 (n, 3, S, S), 0 to 255, on the CPU, one for each class or prompt; one class or prompt alone is for all seeds.
 
         A class is its name (`flower/sunflower`, or `sunflower` if no other has that name) or id. Seeds are 0, 1, ... unless given;
-        the same seed gives the same image in any batch. `sampler`, `steps` (their number) and `cfg` (the guidance: `1.5`,
+        the same seed gives the same image in any batch. `sampler`, `steps` (their number) and `cfg` (the guidance: 1.5,
         `3.8:power-cosine=4`, `1.8:interval=0,0.7`) are the model's own unless given; `batch_size` is the number of images made at a time.
 
         Raises DataError for conditions that the model doesn't take, RecipeError for a `cfg` that can't be read, and as
         `generate` does.
         """
-        wanted = self.requests(classes=_listed(classes), prompts=_listed(prompts), seeds=seeds)
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}: make at least one image at a time")
+        wanted = self.requests(classes=_listed(classes), prompts=_listed(prompts), seeds=_listed(seeds))
         how = self.sampling(sampler, steps, cfg)
         return torch.cat([self.generate(wanted[i : i + batch_size], how) for i in range(0, len(wanted), batch_size)])
 
@@ -128,9 +130,9 @@ class Generator:
         ids = {asked: self.class_id(asked) for asked in dict.fromkeys(conditions)}
         return [self._of_class(ids[asked], seed) for asked, seed in zip(conditions, seeds, strict=True)]
 
-    def sampling(self, sampler: str | None = None, steps: int | None = None, cfg: str | None = None) -> Sampling:
+    def sampling(self, sampler: str | None = None, steps: int | None = None, cfg: str | float | Guidance | None = None) -> Sampling:
         """How to sample; what is None is as the model's file says. RecipeError for a cfg that can't be read."""
-        return Sampling.asked(self.dit.cfg, sampler, steps, cfg)
+        return Sampling.asked(self.dit.cfg, sampler, steps, None if cfg is None else str(cfg))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
         """One batch: images uint8 (B, 3, S, S) on the CPU.
@@ -291,7 +293,9 @@ def _named(name: str, sha256: str) -> str:
     return f"tokenizer {name} (sha256 {sha256[:12]}...)"
 
 
-def _listed(value: Asked | Sequence[Asked] | None) -> list[Asked] | None:
+def _listed(value: Asked | Sequence[Asked] | Tensor | None) -> list[Asked] | None:
     if value is None:
         return None
+    if isinstance(value, Tensor):
+        return value.flatten().tolist()
     return [value] if isinstance(value, str | int) else list(value)
