@@ -327,3 +327,32 @@ def test_a_precision_that_there_is_not_is_refused(precision: Any, models: Path) 
     """Nothing would compute in it, and a report would say that it did."""
     with pytest.raises(BackendError, match=r"precision .*: there are fp32 and bf16"):
         load_tokenizer(models / "text.safetensors", precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        (np.zeros((1, 3, 32, 32), np.uint8), ["a"], "ndarray: is not an image; give paths"),
+        ([torch.zeros(3, 32, 32, dtype=torch.uint8)], ["a"], "Tensor: is not an image; give paths"),
+        (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), [], "no image to encode"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ["a", None], "None: is not a caption"),
+    ],
+)
+def test_what_python_could_hand_over_by_mistake_is_named(images: Any, captions: Any, message: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenizer.encode(images, captions)
+
+
+def test_a_data_set_without_all_captions_is_refused(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    draw(tmp_path / "a.png")
+    dataset = open_dataset(tmp_path)
+    for captions, message in (([dataset.items[0].caption], r"a\.png: its caption is None"), (["a", "b"], r"1 image\(s\) and 2 caption")):
+        with pytest.raises(DataError, match=message):
+            next(encode_dataset(tokenizer, dataset, captions))  # type: ignore[arg-type]
+
+
+def test_without_a_place_for_errors_a_damaged_image_ends_it(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"b\.png: not an image"):
+        list(encode_dataset(tokenizer, open_dataset(tmp_path), ["", ""]))

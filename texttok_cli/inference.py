@@ -122,6 +122,8 @@ class Tokenizer:
     def _latents(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None) -> Latents:
         size = self.cfg.image_size
         pixels = images if isinstance(images, Tensor) else _as_batch(images, size)
+        if not len(pixels):
+            raise DataError("no image to encode")
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
             raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
         cond = self._condition(captions, len(pixels))
@@ -138,6 +140,9 @@ class Tokenizer:
         texts = [captions] if isinstance(captions, str) else list(captions)
         if len(texts) != n:
             raise DataError(f"{n} image(s) and {len(texts)} caption(s): give one caption per image")
+        wrong = next((text for text in texts if not isinstance(text, str)), "")
+        if not isinstance(wrong, str):
+            raise DataError(f"{wrong!r}: is not a caption; an image without one takes the empty condition, ''")
         return self.text(texts).to(self.device)
 
     def _autocast(self) -> torch.autocast:
@@ -204,18 +209,21 @@ def encode_dataset(
     *,
     dtype: LatentDtype | None = None,
     flips: bool = False,
-    batch_size: int,
-    on_error: Callable[[str, str], None],
+    batch_size: int = 32,
+    on_error: Callable[[str, str], None] | None = None,
     wanted: Callable[[int, str], bool] | None = None,
 ) -> Iterator[tuple[list[int], Tokens]]:
     """Encode a dataset in order: per batch the indices of its images and their tokens, ready to be saved as `dtype`.
 
     `captions` holds a text for every item, or is None for a model without text. With `flips` every batch is followed by
-    one of its mirrored images. A damaged image goes to `on_error(id, reason)` and is left out; `wanted(index, sha256 of
+    one of its mirrored images. A damaged image goes to `on_error(id, reason)` and is left out, or else ends it; `wanted(index, sha256 of
     the file)` may decline one before it is decoded.
 
-    Raises DataError for an id, class or caption that a token file can't hold, and for a dtype that the model's tokens don't have.
+    Raises DataError for an id, class or caption that a token file can't hold, another number of captions, a dtype that the model's
+    tokens don't have, and without `on_error` for a damaged image.
     """
+    if captions is not None and len(captions) != len(dataset):
+        raise DataError(f"{len(dataset):,} image(s) and {len(captions):,} caption(s): give one caption per image")
     for item, caption in zip(dataset.items, captions or [""] * len(dataset), strict=True):
         _check_text(item.id, "its name", item.id)
         _check_text(item.id, "its class", item.class_name or "")
@@ -225,7 +233,7 @@ def encode_dataset(
     classes = any(item.class_name is not None for item in dataset.items)
     encode = tokenizer.encode if tokenizer.num_codes is None else tokenizer.encode_codes
     size = tokenizer.cfg.image_size
-    for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error, wanted=wanted):
+    for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error or _refuse, wanted=wanted):
         indices = batch.indices.tolist()
         texts = None if captions is None else [captions[i] for i in indices]
         header = TokenHeader(
@@ -250,7 +258,13 @@ def encode_dataset(
             yield indices, Tokens(encode(batch.images.flip(-1), texts), mirrored)
 
 
+def _refuse(image_id: str, reason: str) -> None:
+    raise DataError(f"{image_id}: {reason}")
+
+
 def _check_text(item_id: str, what: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"{item_id}: {what} is {text!r}, not text")
     if not is_utf8(text):  # half of a surrogate pair: from a file name of other bytes, or an escape in JSON
         raise DataError(f"{item_id}: {what} is not Unicode text; rename or rewrite it as UTF-8")
     if len(text) > MAX_TEXT:
@@ -259,7 +273,7 @@ def _check_text(item_id: str, what: str, text: str) -> None:
 
 def _as_batch(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
     """Paths or PIL images -> uint8 (B, 3, S, S)."""
-    listed = [images] if isinstance(images, str | Path | Image.Image) else images
+    listed = [images] if isinstance(images, str | Path | Image.Image) else list(images)
     if not listed:
         raise DataError("no image to encode")
     return torch.stack([to_tensor(center_crop(_open(image), size)) for image in listed])
@@ -268,6 +282,8 @@ def _as_batch(images: ImageLike | Sequence[ImageLike], size: int) -> Tensor:
 def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image, name="a PIL image")
+    if not isinstance(image, str | Path):
+        raise DataError(f"{type(image).__name__}: is not an image; give paths, PIL images, or one uint8 tensor (B, 3, S, S) of all")
     try:
         data = Path(image).read_bytes()
     except OSError as err:
