@@ -74,6 +74,25 @@ def test_a_path_may_be_a_string(models: Path, pictures: Path, tmp_path: Path, mo
     assert load_report("report.json") == report
 
 
+def test_a_folder_of_tokens_is_what_the_command_writes(
+    models: Path, pictures: Path, tmp_path: Path, texttok: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three lines; the second time there is nothing to do, for the command neither."""
+    from texttok_cli import encode_folder, load_tokenizer, open_dataset
+
+    tokenizer, dataset = load_tokenizer(models / "text.safetensors", device="cpu"), open_dataset(pictures)
+    captions = [str(item.caption) for item in dataset.items]
+    ours = encode_folder(tokenizer, dataset, captions, tmp_path / "ours", flips=True, batch_size=2)
+    given = ("encode", pictures, "-m", models / "text.safetensors", "--flips", "-b", 2, "--device", "cpu", "--json", "-o")
+    texttok(*given, tmp_path / "theirs")
+    names = sorted(path.name for path in ours.iterdir())
+    assert names == ["index.json", "shard-00000.tok.safetensors"]
+    assert all((ours / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes() for name in names)
+    monkeypatch.setattr(tokenizer, "encode", None)
+    encode_folder(tokenizer, dataset, captions, ours, flips=True)
+    assert json.loads(texttok(*given, ours).out)["already_there"] == 5
+
+
 @pytest.fixture
 def pictures(tmp_path: Path, draw: Callable[..., Path]) -> Path:
     """Five, with captions."""

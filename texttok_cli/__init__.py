@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import TextTokError
     from texttok_cli.generation import Generator, load_generator
-    from texttok_cli.inference import Tokenizer, bundled_models, encode_dataset, load_tokenizer
+    from texttok_cli.inference import Tokenizer, bundled_models, encode_dataset, encode_folder, load_tokenizer
     from texttok_cli.metrics.evaluation import evaluate
     from texttok_cli.tokens import Tokens, load_tokens, save_tokens
     from texttok_cli.training import train
@@ -32,6 +32,7 @@ _HOMES = {
     "Tokens": "tokens",
     "bundled_models": "inference",
     "encode_dataset": "inference",
+    "encode_folder": "inference",
     "evaluate": "metrics.evaluation",
     "load_generator": "generation",
     "load_tokenizer": "inference",
@@ -47,6 +48,7 @@ __all__ = [
     "Tokens",
     "bundled_models",
     "encode_dataset",
+    "encode_folder",
     "evaluate",
     "load_generator",
     "load_tokenizer",
