@@ -140,6 +140,15 @@ def test_evaluate_takes_tensors_for_files(models: Path, pictures: Path) -> None:
     assert stored.value == pytest.approx(expected.value, rel=1e-6) and stored.card.reference == "tensors"
 
 
+def test_one_metric_and_one_override_need_no_list(tmp_path: Path) -> None:
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    report = texttok_cli.evaluate("psnr,ssim", samples=image, references=image + 1, device="cpu")
+    assert [result.metric for result in report.results] == ["psnr", "ssim"]
+    (tmp_path / "mine.yaml").write_text("extends: tiny/texttok-32-128\n")
+    recipe = texttok_cli.load_recipe(tmp_path / "mine.yaml", "model.num_tokens=16")
+    assert recipe == texttok_cli.load_recipe("tiny/texttok-32-128", ["model.num_tokens=16"])
+
+
 def test_one_image_has_a_psnr_and_nothing_to_warn_of() -> None:
     image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     (result,) = texttok_cli.evaluate(["psnr"], samples=image, references=image + 1, device="cpu").results

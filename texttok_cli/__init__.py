@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from texttok_cli.config.loader import load_recipe
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import TextTokError
     from texttok_cli.generation import Generator, load_generator
@@ -35,6 +36,7 @@ _HOMES = {
     "encode_folder": "inference",
     "evaluate": "metrics.evaluation",
     "load_generator": "generation",
+    "load_recipe": "config.loader",
     "load_tokenizer": "inference",
     "load_tokens": "tokens",
     "open_dataset": "data",
@@ -51,6 +53,7 @@ __all__ = [
     "encode_folder",
     "evaluate",
     "load_generator",
+    "load_recipe",
     "load_tokenizer",
     "load_tokens",
     "open_dataset",

@@ -39,12 +39,13 @@ def recipe_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("base/"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe by path or bundled name, apply `a.b=value` overrides, and check every key.
+def load_recipe(name: str | Path, overrides: str | Sequence[str] = ()) -> AnyRecipe:
+    """Read a recipe by path or bundled name, apply `a.b=value` overrides (one or several), and check every key.
 
     Raises RecipeError with one line per mistake, each naming the file, the key and, for a misspelt one, the likely key.
     """
-    path = _find(name)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    path = _find(str(name))
     data = _read(path)
     for override in overrides:
         data = merge(data, _parse_override(override))

@@ -21,7 +21,7 @@ from texttok_cli.models.devices import pick_device
 
 
 def evaluate(
-    metrics: Sequence[str],
+    metrics: str | Sequence[str],
     *,
     samples: Source | None = None,
     references: Source | None = None,
@@ -46,7 +46,7 @@ def evaluate(
 ) -> Report:
     """Measure samples, or what models reconstruct of images: every number with its protocol card.
 
-    `metrics` are the names of `texttok eval --metric`, such as fid, rfid, psnr or clip-score. What they measure is either
+    `metrics` are as `texttok eval --metric` has them, a list or "fid,psnr". What they measure is either
 
     - `samples`: a folder, manifest, shard or .npz batch of ADM's form, as they are stored: square and of one size S; or uint8
       tensors (n, 3, S, S), 0 to 255, one or an iterable of batches, which are held in memory. They are compared with `references`:
@@ -67,6 +67,7 @@ def evaluate(
     too few or don't match; BackendError for a device or weights that are not available.
     """
     job = job or Job()
+    metrics = metrics.split(",") if isinstance(metrics, str) else metrics
     check_names(metrics)
     unknown = next((key for key in notes or {} if key not in NOTES), None)
     if unknown is not None:
