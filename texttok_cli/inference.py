@@ -20,14 +20,13 @@ from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, nor
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import NO_CAPTION_HELP
 from texttok_cli.errors import CheckpointError, DataError
-from texttok_cli.files import alone_in
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.devices import pick_device
 from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
-from texttok_cli.token_folder import TokenFolder
+from texttok_cli.token_folder import writing
 from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -276,24 +275,18 @@ def encode_folder(
 
     Raises TokenFileError for a folder of another model or dtype, and DataError as `encode_dataset` and while another process writes there.
     """
-    out, info, copies = Path(out), tokenizer.info, (False, True) if flips else (False,)
-    with alone_in(out):
-        folder = TokenFolder(out, model_name=info.name, model_sha256=info.sha256, dtype=tokenizer.token_dtype(dtype))
+    info = tokenizer.info
+    with writing(Path(out), model_name=info.name, model_sha256=info.sha256, dtype=tokenizer.token_dtype(dtype)) as folder:
 
         def wanted(index: int, sha256: str) -> bool:
             item, caption = dataset.items[index], None if captions is None else captions[index]
-            return not all(folder.has(item.id, sha256, caption, item.class_name, flipped=flipped) for flipped in copies)
+            return not folder.has(item.id, sha256, caption, item.class_name, flips=flips)
 
-        try:
-            for _, tokens in encode_dataset(
-                tokenizer, dataset, captions, dtype=dtype, flips=flips, batch_size=batch_size, on_error=on_error, wanted=wanted
-            ):
-                folder.add(tokens)
-        except BaseException:
-            folder.flush()
-            raise
-        folder.finish()
-    return out
+        for _, tokens in encode_dataset(
+            tokenizer, dataset, captions, dtype=dtype, flips=flips, batch_size=batch_size, on_error=on_error, wanted=wanted
+        ):
+            folder.add(tokens)
+    return folder.path
 
 
 def _refuse(image_id: str, reason: str) -> None:

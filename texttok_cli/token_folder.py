@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from itertools import count, starmap
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import TokenFileError
-from texttok_cli.files import json_object, parse_header, sha256_file, write_json
+from texttok_cli.files import alone_in, json_object, parse_header, sha256_file, write_json
 from texttok_cli.tokens import (
     FORMAT,
     MAX_IMAGES,
@@ -153,9 +154,10 @@ class TokenFolder:
         theirs = {digest for (image_id, _), digest in self._there.items() if image_id in ids}
         return {image_id for (image_id, _), digest in self._there.items() if image_id not in ids and digest in theirs}
 
-    def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flipped: bool = False) -> bool:
-        """Whether the tokens of this image with this caption and class are there."""
-        return self._there.get((image_id, flipped)) == _made_of(input_sha256, caption, class_name)
+    def has(self, image_id: str, input_sha256: str, caption: str | None, class_name: str | None = None, *, flips: bool = False) -> bool:
+        """Whether the tokens of this image with this caption and class are there, with `flips` those of its mirrored copy too."""
+        made_of = _made_of(input_sha256, caption, class_name)
+        return all(self._there.get((image_id, flipped)) == made_of for flipped in ((False, True) if flips else (False,)))
 
     def add(self, tokens: Tokens) -> None:
         """Take tokens of some images, instead of what is there of them; a shard is written whenever enough have come."""
@@ -244,6 +246,22 @@ class TokenFolder:
                 self._keys_of[shard.file] = frozenset(keys)
                 kept.append(shard)
         self.index = found.with_shards(kept, complete=found.complete and not self.dropped)
+
+
+@contextmanager
+def writing(path: Path, *, model_name: str, model_sha256: str, dtype: TokenDtype) -> Iterator[TokenFolder]:
+    """A folder that no other process writes to meanwhile: finished after the block, or if that was cut off, written as far as it came.
+
+    Raises as TokenFolder does, and DataError while another process writes there.
+    """
+    with alone_in(path):
+        folder = TokenFolder(path, model_name=model_name, model_sha256=model_sha256, dtype=dtype)
+        try:
+            yield folder
+        except BaseException:
+            folder.flush()
+            raise
+        folder.finish()
 
 
 def _made_of(input_sha256: str, caption: str | None, class_name: str | None) -> bytes:

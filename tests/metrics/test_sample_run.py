@@ -11,7 +11,12 @@ from texttok_cli.metrics.sample_run import sample_run
 SETTINGS = {
     **dict.fromkeys(("captions_sha256", "guide_sha256", "labels")),
     **dict.fromkeys(("generator_sha256", "tokenizer_sha256"), "0" * 64),
-    "format": "png", "images": 1, "precision": "fp32", "sampler": "ddim", "steps": 2, "cfg": "1",
+    "format": "png",
+    "images": 1,
+    "precision": "fp32",
+    "sampler": "ddim",
+    "steps": 2,
+    "cfg": "1",
 }
 LINE = {"id": "000000", "seed": 0, "class_id": 5, "caption": "a cat"}
 

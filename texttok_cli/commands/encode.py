@@ -80,7 +80,7 @@ def encode(
         raise UsageError("--flips is for a data set whose tokens go into a folder, not for image files")
     job = Folder(target, tokenizer, stored, flips, dataset) if isinstance(target, Path) else Files(target, tokenizer, stored)
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
-    with progress(quiet=quiet) as bar:
+    with job, progress(quiet=quiet) as bar:
         task = bar.add_task("encoding", total=len(dataset), note="")
 
         def on_error(image_id: str, reason: str) -> None:
@@ -93,13 +93,10 @@ def encode(
                 bar.advance(task)
             return not there
 
-        with job:
-            parts = encode_dataset(
-                tokenizer, dataset, texts, dtype=dtype, flips=flips, batch_size=batch_size, on_error=on_error, wanted=wanted
-            )
-            for indices, tokens in parts:
-                job.add(indices, tokens)
-                bar.advance(task, tokens.header.flipped.count(False))
+        parts = encode_dataset(tokenizer, dataset, texts, dtype=dtype, flips=flips, batch_size=batch_size, on_error=on_error, wanted=wanted)
+        for indices, tokens in parts:
+            job.add(indices, tokens)
+            bar.advance(task, tokens.header.flipped.count(False))
     for image_id, reason in failed:
         say(f"skipped {image_id}: {reason}")
     if not quiet:

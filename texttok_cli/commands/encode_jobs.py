@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from texttok_cli.console import say
 from texttok_cli.errors import TokenFileError
-from texttok_cli.files import alone_in
-from texttok_cli.token_folder import TokenFolder
+from texttok_cli.token_folder import writing
 from texttok_cli.tokens import load_token_header, save_tokens, select
 
 if TYPE_CHECKING:
@@ -98,34 +96,31 @@ class Folder(Job):
     def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: TokenDtype, flips: bool, dataset: Dataset) -> None:
         super().__init__()
         self.flips, self.dataset = flips, dataset
-        with ExitStack() as stack:
-            stack.enter_context(alone_in(folder))
-            self.folder = TokenFolder(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
-            self._alone = stack.pop_all()  # until `__exit__`
+        self._writing = writing(folder, model_name=tokenizer.info.name, model_sha256=tokenizer.info.sha256, dtype=dtype)
+
+    def __enter__(self) -> Folder:
+        self.folder = self._writing.__enter__()
         dropped = self.folder.dropped
         if dropped:
             lost = sum(shard.images for shard in dropped)
             say(
-                f"{folder}: {len(dropped):,} shard(s) missing or damaged, such as {dropped[0].file}; of the {lost:,} image(s) in there,"
+                f"{self.out}: {len(dropped):,} shard(s) missing or damaged, such as {dropped[0].file}; of the {lost:,} image(s) in there,"
                 " those among these inputs are encoded again, any others are lost"
             )
+        return self
 
     def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
         """Whether the folder has the tokens of this picture, caption and class, and with `flips` of its mirrored copy."""
-        copies = (False, True) if self.flips else (False,)
-        return all(self.folder.has(item.id, sha256, caption, item.class_name, flipped=flipped) for flipped in copies)
+        return self.folder.has(item.id, sha256, caption, item.class_name, flips=self.flips)
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
         """Take the tokens; a shard is written whenever it is full."""
         self._count(tokens)
         self.folder.add(tokens)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._alone:
-            if kind is not None:
-                self.folder.flush()
-                return
-            self.folder.finish()
+    def __exit__(self, kind: type[BaseException] | None, *what: Any) -> None:
+        self._writing.__exit__(kind, *what)
+        if kind is None:
             self.replaced = self.folder.replaced
             ids = {item.id for item in self.dataset.items}
             self.others, self.same = self.folder.ids - ids, self.folder.same_as(ids)
