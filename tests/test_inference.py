@@ -14,7 +14,7 @@ from texttok_cli import inference
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.data.texts import texts_for
-from texttok_cli.errors import BackendError, CheckpointError, DataError
+from texttok_cli.errors import BackendError, CheckpointError, DataError, TokenFileError
 from texttok_cli.files import sha256_file
 from texttok_cli.inference import Tokenizer, encode_dataset, find_model, find_model_by_hash, load_tokenizer
 from texttok_cli.tokens import Tokens
@@ -356,3 +356,13 @@ def test_without_a_place_for_errors_a_damaged_image_ends_it(tokenizer: Tokenizer
     (tmp_path / "b.png").write_bytes(b"none")
     with pytest.raises(DataError, match=r"b\.png: not an image"):
         list(encode_dataset(tokenizer, open_dataset(tmp_path), ["", ""]))
+
+
+def test_tokens_decode_by_their_own_model_alone(models: Path, draw: Callable[..., Path], tmp_path: Path) -> None:
+    text, plain = (load_tokenizer(models / f"{name}.safetensors", device="cpu") for name in ("text", "plain"))
+    dataset = open_dataset(draw(tmp_path / "a.png"))
+    [(_, tokens)] = encode_dataset(text, dataset, ["a red ramp"])
+    assert torch.equal(text.decode_tokens(tokens), text.decode(tokens.z, ["a red ramp"]))
+    assert torch.equal(text.decode_tokens(tokens, ["blue"]), text.decode(tokens.z, ["blue"]))
+    with pytest.raises(TokenFileError, match=r"^was made with model text \(sha256 [0-9a-f]{12}\.\.\.\), not with plain \("):
+        plain.decode_tokens(tokens)

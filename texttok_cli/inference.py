@@ -19,7 +19,7 @@ from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfi
 from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import NO_CAPTION_HELP
-from texttok_cli.errors import CheckpointError, DataError
+from texttok_cli.errors import CheckpointError, DataError, TokenFileError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.devices import pick_device
@@ -91,6 +91,30 @@ class Tokenizer:
         with torch.no_grad(), self._autocast():
             images = self.model.decode(z.to(self.device, torch.float32), cond)
         return to_uint8(images.float()).cpu()
+
+    def decode_tokens(self, tokens: Tokens, captions: Sequence[str] | None = None) -> Tensor:
+        """Images as `decode` makes them, of tokens as `load_tokens` reads them, with the captions that came along unless others are given.
+
+        Raises as `check_tokens` and `decode` do.
+        """
+        self.check_tokens(tokens)
+        z = tokens.z if tokens.header.codes is None else self.lookup(tokens.z)
+        return self.decode(z, tokens.header.captions if captions is None else captions)
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        """TokenFileError for tokens of another model than this and those it was trained on from, and for what can't be its own."""
+        header, name = tokens.header, self.info.name
+        if header.model_sha256 not in self.info.latents_made_by:
+            made_by = f"{header.model_name} (sha256 {header.model_sha256[:12]}...)"
+            raise TokenFileError(f"was made with model {made_by}, not with {name} ({self.info.sha256[:12]}...)")
+        if header.codes != self.num_codes:
+            raise TokenFileError(f"damaged: its tokens index {header.codes} codes, its model {name} has {self.num_codes}")
+        d = self.cfg.latent_dim if header.codes is not None else tokens.z.shape[2]
+        theirs, ours = (tokens.z.shape[1], d, header.image_size), (self.cfg.num_tokens, self.cfg.latent_dim, self.cfg.image_size)
+        if theirs != ours:
+            raise TokenFileError(f"damaged: N, d and image size are {theirs}, those of its model {name} {ours}")
+        if (header.captions is None) != (self.text_condition is None):
+            raise TokenFileError(f"damaged: it has captions and its model {name} takes none, or the reverse")
 
     @property
     def detokenizer_reads_text(self) -> bool:

@@ -48,6 +48,7 @@ def decode(
     """
     from texttok_cli.console import emit, progress, say
     from texttok_cli.data import save_pngs
+    from texttok_cli.tokens import select
 
     names = {path: _names(path) for path in tokens}
     target = _Target(out, names)
@@ -60,16 +61,15 @@ def decode(
             made_by = part.header.model_sha256
             if made_by not in tokenizers:
                 tokenizers[made_by] = _load(part, path, model, device, precision, offline)
+                _check(tokenizers[made_by], part, path)
                 if made_by != tokenizers[made_by].info.sha256 and not quiet:  # often of the same name; its images look different
                     say(f"tokens of model {made_by[:12]}... are decoded by {tokenizers[made_by].info.name}, which was trained on from it")
             tokenizer = tokenizers[made_by]
-            _check_fits(tokenizer, part, path)
-            captions = part.header.captions if caption is None else [caption] * len(part)
+            _check(tokenizer, part, path)
             for start in range(0, len(part), batch_size):
-                chosen = slice(start, start + batch_size)
-                z = part.z[chosen] if part.header.codes is None else tokenizer.lookup(part.z[chosen])
-                images = tokenizer.decode(z, captions and captions[chosen])
-                save_pngs([target.next(path, sha256) for sha256 in part.header.input_sha256[chosen]], images)
+                chosen = select(part, range(start, min(start + batch_size, len(part))))
+                images = tokenizer.decode_tokens(chosen, None if caption is None else [caption] * len(chosen))
+                save_pngs([target.next(path, sha256) for sha256 in chosen.header.input_sha256], images)
                 bar.advance(task, len(images))
     written = [str(path) for path in target.paths]
     emit({"images": len(written), "out": written if json or len(written) == 1 else str(out or "beside the tokens")}, as_json=json)
@@ -114,28 +114,14 @@ def _load(part: Tokens, path: Path, model: str | None, device: str, precision: P
 
     header = part.header
     file = find_model(model, offline=offline) if model else find_model_by_hash(header.model_sha256, header.model_name, path)
-    tokenizer = load_tokenizer(file, device=device, precision=precision, offline=offline)
-    if header.model_sha256 not in tokenizer.info.latents_made_by:
-        raise TokenFileError(
-            f"{path}: was made with model {header.model_name} (sha256 {header.model_sha256[:12]}...), not with"
-            f" {tokenizer.info.name} ({tokenizer.info.sha256[:12]}...)"
-        )
-    return tokenizer
+    return load_tokenizer(file, device=device, precision=precision, offline=offline)
 
 
-def _check_fits(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
-    """TokenFileError for a header that names this model and latents that can't be its own."""
-    cfg, header = tokenizer.cfg, part.header
-    if header.codes != tokenizer.num_codes:
-        raise TokenFileError(
-            f"{path}: damaged: its tokens index {header.codes} codes, its model {tokenizer.info.name} has {tokenizer.num_codes}"
-        )
-    d = cfg.latent_dim if header.codes is not None else part.z.shape[2]
-    theirs, ours = (part.z.shape[1], d, header.image_size), (cfg.num_tokens, cfg.latent_dim, cfg.image_size)
-    if theirs != ours:
-        raise TokenFileError(f"{path}: damaged: N, d and image size are {theirs}, those of its model {tokenizer.info.name} {ours}")
-    if (part.header.captions is None) != (tokenizer.text_condition is None):
-        raise TokenFileError(f"{path}: damaged: it has captions and its model {tokenizer.info.name} takes none, or the reverse")
+def _check(tokenizer: Tokenizer, part: Tokens, path: Path) -> None:
+    try:
+        tokenizer.check_tokens(part)
+    except TokenFileError as err:
+        raise TokenFileError(f"{path}: {err}") from None
 
 
 class _Target:
