@@ -123,8 +123,19 @@ def test_a_member_that_is_no_array_a_huge_count_and_a_kind_of_packing_are_one_li
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mu.npy", b"junk")
         archive.writestr("sigma.npy", b"junk")
+    with pytest.raises(DataError, match=r"mu and sigma are \|S4 and \|S4, not real numbers"):
+        read_npz_reference(path)
+    np.savez(path, mu=np.zeros(4) + 1j, sigma=np.eye(4))
+    with pytest.raises(DataError, match="complex128 and float64, not real numbers"):
+        read_npz_reference(path)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(DataError, match="don't belong together"):
         read_npz_reference(path)
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), n=-5)
+    with pytest.raises(DataError, match="are said to be of -5 images"):
+        read_npz_reference(path)
+    np.savez(path, mu=np.ones(4, ">f8"), sigma=np.eye(4, dtype=np.float32), n=8)  # of another machine
+    assert read_npz_reference(path).given["pool"].mean.tolist() == [1, 1, 1, 1]
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4), n=np.inf)
     with pytest.raises(DataError, match=r"not an \.npz of statistics or images"):
         read_npz_reference(path)

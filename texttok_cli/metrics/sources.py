@@ -285,11 +285,15 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 def _gaussian(path: Path, kind: str, mean: Any, covariance: Any, n: int | None) -> Gaussian:
     mean, covariance = np.asarray(mean), np.asarray(covariance)  # a member that is no array comes as bytes
+    if any(array.dtype.kind not in "fiu" for array in (mean, covariance)):
+        raise DataError(f"{path}: mu and sigma are {mean.dtype} and {covariance.dtype}, not real numbers")
+    if n is not None and n < 2:
+        raise DataError(f"{path}: its statistics are said to be of {n} images")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape} don't belong together")
     if len(mean) != WIDTHS[kind]:
         raise DataError(f"{path}: its statistics are of {len(mean)} features, not of the FID protocol's {WIDTHS[kind]}")
-    gaussian = Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), n)
+    gaussian = Gaussian(torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64)), n)
     if not (gaussian.mean.isfinite().all() and gaussian.covariance.isfinite().all()):
         raise DataError(f"{path}: its statistics are not finite")
     return gaussian
