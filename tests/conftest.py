@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ TINY = {"image_size": 32, "patch_size": 8, "num_tokens": 4, "latent_dim": 8, "ba
 TEXT = {"source": "caption", "encoder": {"kind": "hash", "dim": 16, "max_tokens": 24}}
 
 
-def _save(path: Path, seed: int, condition: dict[str, object], **config: object) -> Path:
+def _save(path: Path, seed: int, condition: dict[str, object], classes: Sequence[str] | None = None, **config: object) -> Path:
     torch.manual_seed(seed)
     model = TexTok(TokenizerConfig.model_validate({**TINY, "condition": condition, **config})).eval()
     with torch.no_grad():  # far enough from the initial near-zeros that every input shows in the output
@@ -29,7 +29,7 @@ def _save(path: Path, seed: int, condition: dict[str, object], **config: object)
             parameter.add_(0.1 * torch.randn_like(parameter))
         model.latent_mean.copy_(torch.linspace(-0.1, 0.1, 8))
         model.latent_std.copy_(torch.linspace(0.2, 0.6, 8))
-    save_tokenizer(path, model, training={})
+    save_tokenizer(path, model, training={}, classes=classes)
     return path
 
 
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def save_model() -> Callable[..., Path]:
-    """Write a tiny model: (path, seed, condition, other sections of its configuration)."""
+    """Write a tiny model: (path, seed, condition, names of its classes, other sections of its configuration)."""
     return _save
 
 

@@ -1,6 +1,7 @@
 """Model files: round trip, and refusal of whatever is not one."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,20 @@ def test_a_tokenizer_is_found_by_its_hash_rather_than_by_its_latents_among_files
     assert find_tokenizer_file([other, sharper, own], info.sha256) == own
     assert find_tokenizer_file([other, sharper], info.sha256) == sharper
     assert find_tokenizer_file([other, sharper, own], "cd" * 32) is None
+
+
+def test_a_file_names_the_classes_that_condition_its_model(save_model: Callable[..., Path], tmp_path: Path, models: Path) -> None:
+    path = save_model(tmp_path / "classes.safetensors", 0, {"source": "class_embedding", "num_classes": 2}, ["b", "a"])
+    assert read_tokenizer_info(path).header.classes == ["b", "a"]
+    header, tensors = load_safetensors(path, error=CheckpointError)
+    save_safetensors(path, tensors, {key: value for key, value in header.items() if key != "classes"})  # of before
+    assert read_tokenizer_info(path).header.classes is None
+    assert "classes" not in load_safetensors(models / "text.safetensors", error=CheckpointError)[0]
+    for wrong, message in ((path, "classes has 1 entries, the model 2 classes"), (models / "text.safetensors", "the model no classes")):
+        header, tensors = load_safetensors(wrong, error=CheckpointError)
+        save_safetensors(path, tensors, {**header, "classes": ["a"]})
+        with pytest.raises(CheckpointError, match=message):
+            read_tokenizer_info(path)
 
 
 # ------------------------------------------------------------------ generators

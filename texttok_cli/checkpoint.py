@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import ClassLabels, Config, GeneratorConfig, TokenizerConfig
+from texttok_cli.config.schema import ClassEmbedding, ClassLabels, Config, GeneratorConfig, TokenizerConfig
 from texttok_cli.errors import CheckpointError
 from texttok_cli.files import Schema, TensorInfo, load_safetensors, parse_header, read_header, save_safetensors, sha256_file
 from texttok_cli.models.devices import without_weights
@@ -31,6 +31,14 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
+def _check_by_class(condition: object, **lists: Sequence[object] | None) -> None:
+    """ValueError for a list that has not an entry for each class of the condition."""
+    number = condition.num_classes if isinstance(condition, ClassLabels | ClassEmbedding) else None
+    for name, entries in lists.items():
+        if entries is not None and len(entries) != number:
+            raise ValueError(f"{name} has {len(entries)} entries, the model {number or 'no'} classes")
+
+
 class ModelHeader(Config):
     """What a tokenizer's file says of itself."""
 
@@ -39,7 +47,13 @@ class ModelHeader(Config):
     model: TokenizerConfig
     # sha256 of the models whose detokenizer alone was trained on into this one, the latest first: latents of theirs are this one's too.
     latents_of: Annotated[list[Sha256], BeforeValidator(_listed)] = Field(default_factory=list)
+    classes: list[str] | None = None  # of a model conditioned on their embeddings, by id; files of before have none
     training: dict[str, Any] = Field(default_factory=dict)  # how it came about: recipe, steps, images seen, version
+
+    @model_validator(mode="after")
+    def _classes_are_its_own(self) -> ModelHeader:
+        _check_by_class(self.model.condition, classes=self.classes)
+        return self
 
 
 class GeneratorHeader(Config):
@@ -56,10 +70,7 @@ class GeneratorHeader(Config):
 
     @model_validator(mode="after")
     def _lists_are_of_its_classes(self) -> GeneratorHeader:
-        number = self.model.condition.num_classes if isinstance(self.model.condition, ClassLabels) else None
-        for name, entries in (("classes", self.classes), ("class_counts", self.class_counts)):
-            if entries is not None and len(entries) != number:
-                raise ValueError(f"{name} has {len(entries)} entries, the model {number or 'no'} classes")
+        _check_by_class(self.model.condition, classes=self.classes, class_counts=self.class_counts)
         return self
 
 
@@ -98,15 +109,31 @@ class GeneratorInfo:
 
 
 def save_tokenizer(
-    path: str | Path, model: TexTok, *, training: dict[str, Any], latents_of: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    path: str | Path,
+    model: TexTok,
+    *,
+    training: dict[str, Any],
+    latents_of: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write weights in `dtype` (latent statistics stay fp32) and the header, atomically.
 
     `model.latent_mean` and `model.latent_std` (d,), of the latents of training images, are the caller's to fill: int8 token files go by
-    them, and cut off what is over 4 deviations. CheckpointError for a model that was changed for inference (precision bf16).
+    them, and cut off what is over 4 deviations. `classes` are the names by id of a model on class embeddings. CheckpointError for a
+    model that was changed for inference (precision bf16).
     """
-    header = ModelHeader(texttok_model=FORMAT, task="tokenizer", model=model.cfg, latents_of=list(latents_of), training=training)
-    save_safetensors(Path(path), _weights(Path(path), model, lambda: TexTok(header.model), dtype), header.model_dump(mode="json"))
+    header = ModelHeader(
+        texttok_model=FORMAT,
+        task="tokenizer",
+        model=model.cfg,
+        latents_of=list(latents_of),
+        classes=None if classes is None else list(classes),
+        training=training,
+    )
+    without = {"classes"} if classes is None else None  # any texttok reads such a file, also one that knows no classes
+    weights = _weights(Path(path), model, lambda: TexTok(header.model), dtype)
+    save_safetensors(Path(path), weights, header.model_dump(mode="json", exclude=without))
 
 
 def save_generator(

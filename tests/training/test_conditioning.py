@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from texttok_cli.config.schema import TextCondition, TokenizerConfig
+from texttok_cli.errors import DataError
 from texttok_cli.models.condition import Condition
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training.conditioning import class_conditioner, class_ids, text_conditioners
@@ -42,6 +43,15 @@ def test_each_index_has_its_own_set_s_class() -> None:
     classes, ids = class_ids(named, 3, torch.device("cpu"))
     assert classes == ["cat", "dog", "emu"]
     assert [class_conditioner(part)([1, 0])["class_ids"].tolist() for part in ids] == [[0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cow", "e: class 'cow' is not among the 2 training classes, such as 'cat'"), (None, "e: has no class: lay ")]
+)
+def test_an_image_of_no_training_class_is_named(name: str | None, message: str) -> None:
+    with pytest.raises(DataError) as raised:
+        class_ids([[("a", "dog"), ("b", "cat")], [("d", "dog"), ("e", name)]], 2, torch.device("cpu"))
+    assert str(raised.value).startswith(message)
 
 
 def test_classes_that_are_numbers_keep_their_order() -> None:

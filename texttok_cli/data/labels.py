@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from texttok_cli.errors import DataError
 
@@ -31,6 +31,18 @@ def find_class(asked: str | int, names: Sequence[str] | None, num_classes: int) 
     if not bare:
         raise DataError(f"no class {name!r}: {_nearest(name, known, num_classes)}")
     return bare[0]
+
+
+def ids_among(classes: Sequence[str], named: Iterable[tuple[str, str | None]]) -> list[int]:
+    """Of (image, class) pairs the ids: places of the classes among `classes`. DataError names an image without one of these."""
+    ids, found = {name: i for i, name in enumerate(classes)}, list[int]()
+    for image, name in named:
+        if name is None:
+            raise DataError(f"{image}: has no class: lay images in folders by class, or name it as `class` in a shard or manifest")
+        if name not in ids:
+            raise DataError(f"{image}: class {name!r} is not among the {len(ids):,} training classes, such as {next(iter(ids))!r}")
+        found.append(ids[name])
+    return found
 
 
 def spread_labels(weights: Sequence[int], n: int) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from texttok_cli.config.recipe import TokenizerRecipe
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextEncoderConfig
 from texttok_cli.data import Dataset
+from texttok_cli.data.labels import ids_among
 from texttok_cli.data.texts import check_words, texts_for
-from texttok_cli.errors import DataError, RecipeError
+from texttok_cli.errors import RecipeError
 from texttok_cli.text import cut_off, embed_corpus, estimate_bytes, load_text_encoder
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.report import Reporter
@@ -24,19 +25,20 @@ Conditioner = Callable[[Sequence[int]], dict[str, Any]]
 
 def build_conditioners(
     recipe: TokenizerRecipe, datasets: Sequence[Dataset], out: Path, engine: Engine, report: Reporter, offline: bool
-) -> list[Conditioner]:
-    """For each dataset, what turns indices into a tokenizer's condition."""
+) -> tuple[list[Conditioner], list[str] | None]:
+    """For each dataset, what turns indices into a tokenizer's condition; and of one conditioned on classes their names by id."""
     cond = recipe.model.condition
     if isinstance(cond, NoCondition):
-        return [lambda indices: {"cond": None} for _ in datasets]
+        return [lambda indices: {"cond": None} for _ in datasets], None
     if isinstance(cond, ClassEmbedding):
         named = [[(item.id, item.class_name) for item in dataset.items] for dataset in datasets]
-        return [class_conditioner(ids, cond=None) for ids in class_ids(named, cond.num_classes, engine.device)[1]]
+        classes, ids = class_ids(named, cond.num_classes, engine.device)
+        return [class_conditioner(part, cond=None) for part in ids], classes
     texts = [texts_for(dataset.items, cond, caption_field=recipe.data.caption_field) for dataset in datasets]
     if cond.source == "caption" and recipe.data.max_words is not None:
         for dataset, part in zip(datasets, texts, strict=True):
             check_words(dataset.items, part, recipe.data.max_words)
-    return text_conditioners(cond.encoder, texts, out, engine, report, cache=recipe.training.text_cache, offline=offline)
+    return text_conditioners(cond.encoder, texts, out, engine, report, cache=recipe.training.text_cache, offline=offline), None
 
 
 def class_ids(named: Sequence[Sequence[tuple[str, str | None]]], num_classes: int, device: torch.device) -> tuple[list[str], list[Tensor]]:
@@ -44,17 +46,13 @@ def class_ids(named: Sequence[Sequence[tuple[str, str | None]]], num_classes: in
 
     Classes are in the order of their names, or of their numbers if all are numbers: `.cls` files keep theirs.
 
-    RecipeError if the training set has another number of classes, DataError for a class that it doesn't have.
+    RecipeError if the training set has another number of classes, DataError as `ids_among`.
     """
     names = {name for _, name in named[0] if name is not None}
     classes = sorted(names, key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in names) else None)
     if len(classes) != num_classes:
         raise RecipeError(f"model.condition.num_classes is {num_classes}, the training images have {len(classes)} classes")
-    ids = {name: i for i, name in enumerate(classes)}
-    unknown = next(((example, name) for part in named for example, name in part if name not in ids), None)
-    if unknown is not None:
-        raise DataError(f"{unknown[0]}: class {unknown[1]!r} is not among the training classes")
-    return classes, [torch.tensor([ids[str(name)] for _, name in part], device=device) for part in named]
+    return classes, [torch.tensor(ids_among(classes, part), device=device) for part in named]
 
 
 def class_conditioner(ids: Tensor, **others: Any) -> Conditioner:

@@ -54,7 +54,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
     report.message(f"{len(train_set):,} training images, {len(val_set) if val_set else 0:,} for validation")
     if not begin(run, recipe, engine, report):
         return run.model_path
-    conditioners = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
+    conditioners, classes = build_conditioners(recipe, [train_set, *([val_set] if val_set else [])], out, engine, report, offline)
     start = _start(recipe, offline)
     task = _task(recipe, engine, conditioners[0], None if start is None else start[0], offline)
     inception = _inception(engine, report) if recipe.training.val_rfid and val_set is not None and engine.is_main else None
@@ -96,7 +96,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             latents_of = list(start[1].latents_made_by)
         else:
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
-        task.export(path, history(recipe, step, None if start is None else start[1].sha256), latents_of)
+        task.export(path, history(recipe, step, None if start is None else start[1].sha256), latents_of, classes)
 
     def on_step(step: int, values: dict[str, float]) -> None:
         report.progress("training", step, recipe.schedule.steps, values)

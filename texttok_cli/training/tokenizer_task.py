@@ -211,7 +211,7 @@ class TokenizerTask:
         if self.adversary is not None:
             self.adversary.load_state(tensors)
 
-    def export(self, path: Path, training: dict[str, Any], latents_of: Sequence[str]) -> None:
-        """Write the EMA weights as a model file."""
+    def export(self, path: Path, training: dict[str, Any], latents_of: Sequence[str], classes: Sequence[str] | None) -> None:
+        """Write the EMA weights as a model file; `classes` are those that condition it, by id."""
         dtype = DTYPES[self.recipe.training.weights]
-        save_tokenizer(path, self.ema_model, training=training, latents_of=latents_of, dtype=dtype)
+        save_tokenizer(path, self.ema_model, training=training, latents_of=latents_of, classes=classes, dtype=dtype)
