@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_generator import BY_CLASS, save_tiny_generator
 
 from texttok_cli import inference
 from texttok_cli.config.schema import TextCondition
@@ -262,10 +263,51 @@ def test_a_model_is_found_by_name_path_and_hash(bundled: Path) -> None:
         find_model_by_hash("ab" * 32, "x", Path("t"))
 
 
-def test_class_embeddings_are_not_served(tmp_path: Path, save_model: Callable[..., Path]) -> None:
-    path = save_model(tmp_path / "classes.safetensors", 0, {"source": "class_embedding", "num_classes": 3})
-    with pytest.raises(CheckpointError, match="class embeddings"):
-        load_tokenizer(path)
+CLASSES = {"source": "class_embedding", "num_classes": 3}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_class_embeddings_take_names_of_classes(
+    precision: Any, tmp_path: Path, save_model: Callable[..., Path], draw: Callable[..., Path]
+) -> None:
+    tokenizer = load_tokenizer(save_model(tmp_path / "classes.safetensors", 0, CLASSES, ["a", "b", "c"]), device="cpu", precision=precision)
+    z = tokenizer.encode(draw(tmp_path / "a.png"), "b")
+    expected = tokenizer.model.resolve(None, torch.tensor([1]))
+    assert expected is not None and torch.equal(tokenizer._condition("b", 1).tokens, expected.tokens)
+    assert not torch.equal(z, tokenizer.encode(tmp_path / "a.png", "c"))
+    assert not torch.equal(tokenizer.decode(z, "b"), tokenizer.decode(z, "c"))
+    for wrong, message in (
+        (None, "classes: needs the class of each image"),
+        ("d", "image 0: class 'd' is not among the 3 training classes, such as 'a'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            tokenizer.encode(tmp_path / "a.png", wrong)
+
+
+@pytest.mark.parametrize("classes", [None, ["a", "b", "c"]])
+def test_class_embeddings_have_no_token_files(
+    classes: list[str] | None,
+    tmp_path: Path,
+    save_model: Callable[..., Path],
+    texttok: Callable[..., Any],
+    bundled: Path,
+    draw: Callable[..., Path],
+) -> None:
+    path, image = save_model(tmp_path / "classes.safetensors", 0, CLASSES, classes), draw(tmp_path / "a.png")
+    told = "but not for encode, decode or sample"
+    save_tiny_generator(tmp_path / "g.safetensors", path, BY_CLASS)
+    assert texttok("encode", image, "-m", "plain").code == 0
+    for command in (
+        ("encode", image, "-m", path, "-o", tmp_path / "out"),
+        ("encode", tmp_path, "-m", path, "-o", tmp_path / "out"),
+        ("decode", tmp_path / "a.tok.safetensors", "-m", path, "-o", tmp_path / "out"),
+        ("sample", "-m", tmp_path / "g.safetensors", "--class", "0", "-o", tmp_path / "out"),
+    ):
+        outcome = texttok(*command, "-q")
+        assert outcome.code == 1 and outcome.err.startswith("texttok: classes: ") and told in outcome.err and outcome.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=told):
+        next(encode_dataset(load_tokenizer(path), open_dataset([image]), None, batch_size=1, on_error=unexpected))
 
 
 @pytest.mark.parametrize("variable", ["TEXTTOK_OFFLINE", "HF_HUB_OFFLINE"])

@@ -233,6 +233,7 @@ def load_generator(
         weaker = in_precision(net, precision), its_info
     found = _find_tokenizer(info, file) if tokenizer is None else find_model(tokenizer, offline=offline)
     decoder = load_tokenizer(found, device=device, precision=precision, offline=offline)
+    decoder.check_has_token_files()
     if info.header.tokenizer_sha256 not in decoder.info.latents_made_by:
         raise CheckpointError(
             f"{info.name}: makes the latents of {_tokenizer_of(info)}, not of {_named(decoder.info.name, decoder.info.sha256)}"

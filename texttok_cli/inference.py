@@ -15,8 +15,9 @@ from torch import Tensor
 from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
 from texttok_cli.config import Precision
-from texttok_cli.config.schema import NoCondition, TextCondition, TokenizerConfig, VQBottleneck
+from texttok_cli.config.schema import ClassEmbedding, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
+from texttok_cli.data.labels import ids_among
 from texttok_cli.data.listings import is_utf8
 from texttok_cli.data.texts import NO_CAPTION_HELP
 from texttok_cli.errors import CheckpointError, DataError, TokenFileError
@@ -48,13 +49,35 @@ class Tokenizer:
         """How text conditions this model; None for one without text."""
         return self.cfg.condition if isinstance(self.cfg.condition, TextCondition) else None
 
+    @property
+    def classes(self) -> list[str] | None:
+        """Names by id of the classes whose embeddings condition this model; None for one without.
+
+        Raises CheckpointError if its file does not name them.
+        """
+        if isinstance(self.cfg.condition, ClassEmbedding) and self.info.header.classes is None:
+            raise CheckpointError(
+                f"{self.info.name}: is conditioned on class embeddings, and its file, of an older texttok, does not say of which classes:"
+                " remove the file and run the same `texttok train` again, which writes it anew from its state"
+            )
+        return self.info.header.classes
+
+    def check_has_token_files(self) -> None:
+        """CheckpointError for a model on class embeddings: a token file holds what its images are decoded with, captions or nothing."""
+        if isinstance(self.cfg.condition, ClassEmbedding):
+            raise CheckpointError(
+                f"{self.info.name}: is conditioned on class embeddings, an ablation that `texttok eval` measures, but not for encode,"
+                " decode or sample: tokens are decoded with captions or with nothing, not with classes"
+            )
+
     def encode(self, images: ImageLike | Sequence[ImageLike] | Tensor, captions: str | Sequence[str] | None = None) -> Tensor:
         """Images to raw latents (B, N, d) float32 on the CPU.
 
         Images are paths or PIL images, one or several, cropped square and resized as the ADM protocol does; or a uint8
         tensor (B, 3, S, S). A model with text takes as many captions as images ("" is the empty condition), one without
-        takes none. An image with its caption gives the same latents in any batch, to 1e-4 in fp32. They carry no gradient: for one
-        through the network call `model.encode(normalize(images), text(captions))` (`texttok_cli.data.normalize`).
+        takes none, one on class embeddings the name of each image's class in the place of its caption. An image with its caption
+        gives the same latents in any batch, to 1e-4 in fp32. They carry no gradient: for one through the network call
+        `model.encode(normalize(images), text(captions))` (`texttok_cli.data.normalize`).
 
         Raises DataError for an unreadable image, a tensor of another type or shape and captions that don't match.
         """
@@ -102,7 +125,9 @@ class Tokenizer:
         return self.decode(z, tokens.header.captions if captions is None else captions)
 
     def check_tokens(self, tokens: Tokens) -> None:
-        """TokenFileError for tokens of another model than this and those it was trained on from, and for what can't be its own."""
+        """TokenFileError for tokens of another model than this and those it was trained on from, and for what can't be its own;
+        CheckpointError as `check_has_token_files`."""
+        self.check_has_token_files()
         header, name = tokens.header, self.info.name
         if header.model_sha256 not in self.info.latents_made_by:
             made_by = f"{header.model_name} (sha256 {header.model_sha256[:12]}...)"
@@ -137,7 +162,11 @@ class Tokenizer:
         return self.cfg.bottleneck.codes if isinstance(self.cfg.bottleneck, VQBottleneck) else None
 
     def token_dtype(self, asked: LatentDtype | None = None) -> TokenDtype:
-        """How its tokens are stored: latents as asked for, else as fp16; codes in as many bits as they need."""
+        """How its tokens are stored: latents as asked for, else as fp16; codes in as many bits as they need.
+
+        DataError for a dtype that they don't have, CheckpointError as `check_has_token_files`.
+        """
+        self.check_has_token_files()
         if self.num_codes is None:
             return asked or "fp16"
         if asked is not None:
@@ -156,19 +185,24 @@ class Tokenizer:
             return self.model.encode(normalize(pixels.to(self.device)), cond)
 
     def _condition(self, captions: str | Sequence[str] | None, n: int) -> Condition | None:
-        if self.text is None:
+        classes = self.classes
+        if self.text is None and classes is None:
             if captions is not None:
                 raise DataError(f"{self.info.name}: takes no captions; it is a tokenizer without text")
             return None
         if captions is None:
-            raise DataError(f"{self.info.name}: {NO_CAPTION_HELP}")
+            raise DataError(f"{self.info.name}: {NO_CAPTION_HELP if classes is None else 'needs the class of each image'}")
         texts = [captions] if isinstance(captions, str) else list(captions)
         if len(texts) != n:
             raise DataError(f"{n} image(s) and {len(texts)} caption(s): give one caption per image")
         wrong = next((text for text in texts if not isinstance(text, str)), "")
         if not isinstance(wrong, str):
             raise DataError(f"{wrong!r}: is not a caption; an image without one takes the empty condition, ''")
-        return self.text(texts).to(self.device)
+        if self.text is not None:
+            return self.text(texts).to(self.device)
+        assert classes is not None
+        ids = ids_among(classes, ((f"image {i}", name) for i, name in enumerate(texts)))
+        return self.model.resolve(None, torch.tensor(ids, device=self.device))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -181,7 +215,7 @@ def load_tokenizer(
     precision: Precision = "fp32",
     offline: bool = False,
 ) -> Tokenizer:
-    """A tokenizer by bundled name, path or `hf://owner/name`, ready to encode and decode.
+    """A tokenizer by bundled name, path or `hf://owner/name`, ready to encode, decode and be measured.
 
     Raises CheckpointError for a model that is not there or not whole, BackendError for a device, precision or text
     encoder that isn't.
@@ -189,15 +223,9 @@ def load_tokenizer(
     where = pick_device(device)
     net, info = load_tokenizer_file(find_model(model, offline=offline), device=where)
     cond = net.cfg.condition
+    text = None
     if isinstance(cond, TextCondition):
         text = EmbeddingCache(load_text_encoder(cond.encoder, device=where, offline=offline))
-    elif isinstance(cond, NoCondition):
-        text = None
-    else:
-        raise CheckpointError(
-            f"{info.name}: is conditioned on class embeddings, an ablation that can be trained and evaluated,"
-            " but not used for encode or decode"
-        )
     return Tokenizer(in_precision(net, precision), info, text, precision=precision)
 
 
@@ -244,8 +272,8 @@ def encode_dataset(
     one of its mirrored images. A damaged image goes to `on_error(id, reason)` and is left out, or else ends it; `wanted(index, sha256 of
     the file)` may decline one before it is decoded.
 
-    Raises DataError for an id, class or caption that a token file can't hold, another number of captions, a dtype that the model's
-    tokens don't have, and without `on_error` for a damaged image.
+    Raises DataError for an id, class or caption that a token file can't hold, another number of captions, without `on_error` for a
+    damaged image, and as `Tokenizer.token_dtype` does.
     """
     if captions is not None and len(captions) != len(dataset):
         raise DataError(f"{len(dataset):,} image(s) and {len(captions):,} caption(s): give one caption per image")

@@ -1,5 +1,6 @@
 """`texttok eval` on the bundled sample set, on data, on samples; protocols, cards, comparisons, and several processes."""
 
+import io
 import json
 import os
 import shutil
@@ -140,6 +141,66 @@ def test_a_protocol_takes_its_number_of_images_of_the_data(
     assert [json.loads(outcome.out)["results"][0]["card"]["n"] for outcome in (whole, fewer, more)] == [4, 3, 5]
     assert "protocol recon takes" not in whole.err and "3 images: protocol recon takes 4" in fewer.err
     assert "5 images: protocol recon takes 4" in more.err
+
+
+@pytest.fixture
+def by_class(save_model: Callable[..., Path], tmp_path: Path) -> Path:
+    return save_model(tmp_path / "by-class.safetensors", 0, {"source": "class_embedding", "num_classes": 3}, ["red", "green", "blue"])
+
+
+def shard(path: Path, pictures: Path, classes: list[str | None]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(classes):
+            tar.add(pictures / f"{i}.png", f"{i}.png")
+            about = json.dumps({"class": name, "caption": "some"}).encode()
+            member = tarfile.TarInfo(f"{i}.json")
+            member.size = len(about)
+            tar.addfile(member, io.BytesIO(about))
+    return path
+
+
+def test_a_model_on_class_embeddings_is_told_the_images_own_classes(
+    texttok: Run, by_class: Path, pictures: Path, fake: None, tmp_path: Path
+) -> None:
+    names = ["green", "blue", "green", "red", "blue", "green"]
+    options = ("eval", "--metric", "psnr,rfid", "-m", by_class, "--json", "--html", tmp_path / "page.html", "--data")
+    outcome = texttok(*options, shard(tmp_path / "data.tar", pictures, names))
+    tokenizer = load_tokenizer(by_class, device="cpu")
+    originals = torch.stack([inference._as_batch(path, 32)[0] for path in sorted(pictures.glob("*.png"))])
+    again = tokenizer.decode(tokenizer.encode(originals, names), names)
+    assert numbers(outcome)["psnr"] == pytest.approx(float(psnr(originals, again).mean()), rel=1e-5)
+    assert json.loads(outcome.out)["results"][0]["card"]["text"] == "class_embedding: the images' classes"
+    for name in names:  # the same in folders
+        (tmp_path / "folders" / name).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        shutil.copy(pictures / f"{i}.png", tmp_path / "folders" / name)
+    assert numbers(texttok(*options, tmp_path / "folders")) == pytest.approx(numbers(outcome), rel=1e-5)
+    others = numbers(texttok(*options, shard(tmp_path / "data.tar", pictures, ["red"] * 6)))
+    assert all(abs(others[metric] - value) > 1e-3 for metric, value in numbers(outcome).items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, "4: has no class: lay images in folders by class"),
+        ("pink", "4: class 'pink' is not among the 3 training classes, such as 'red'"),
+    ],
+)
+def test_an_image_of_no_class_of_the_model_is_named(
+    wrong: str | None, message: str, texttok: Run, by_class: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.passes.Pass", None)  # before anything is computed
+    data = shard(tmp_path / "data.tar", pictures, ["red", "red", "blue", "red", wrong, "red"])
+    outcome = texttok("eval", "--metric", "psnr", "-m", by_class, "--data", data)
+    assert outcome.code == 1 and outcome.err.startswith(f"texttok: {message}") and outcome.err.count("\n") == 1
+
+
+def test_there_is_no_empty_class(texttok: Run, by_class: Path, pictures: Path, tmp_path: Path) -> None:
+    data = shard(tmp_path / "data.tar", pictures, ["red"] * 6)
+    outcome = texttok("eval", "--metric", "psnr", "-m", by_class, "--data", data, "--no-caption")
+    assert (
+        outcome.code and outcome.err == "texttok: by-class: is conditioned on classes and has no empty condition: leave out --no-caption\n"
+    )
 
 
 # ------------------------------------------------------------------ samples
@@ -832,3 +893,16 @@ def test_a_state_of_other_files_is_refused(
     assert damaged.code == 1 and "5.png: damaged or cut short" in damaged.err and "fix or remove it" in damaged.err
     draw(pictures / "5.png", 5)
     assert "is the state of another evaluation" in texttok(*options).err
+
+
+def test_a_state_of_other_classes_is_refused(
+    texttok: Run, by_class: Path, pictures: Path, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texttok_cli.metrics.passes.SAVE_EVERY", 0)
+    draw(pictures / "5.png", 5, part=0.5)
+    manifest = tmp_path / "data.jsonl"
+    options = ("eval", "--metric", "psnr", "-m", by_class, "--data", manifest, "-b", 2, "-o", tmp_path / "report.json")
+    for name, told in (("red", "5.png: damaged"), ("red", "5.png: damaged"), ("blue", "is the state of another evaluation")):
+        rows = ({"image": str(pictures / f"{i}.png"), "class": name} for i in range(6))
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert told in texttok(*options).err

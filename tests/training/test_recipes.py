@@ -1,16 +1,21 @@
 """Every shipped recipe: loads, builds at its real size on the meta device, plans, and trains two steps at a tiny one."""
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import metrics, train
 
-from texttok_cli.checkpoint import read_generator_header
+from texttok_cli import evaluate, load_tokenizer
+from texttok_cli.checkpoint import read_generator_header, read_tokenizer_info
 from texttok_cli.config.loader import load_recipe, recipe_names
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.config.schema import ClassEmbedding, PromptCondition, TextCondition
+from texttok_cli.errors import CheckpointError
+from texttok_cli.files import load_safetensors, save_safetensors
 from texttok_cli.inference import PRETRAINED
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
@@ -138,8 +143,8 @@ def test_the_plan_adds_up() -> None:
     assert numbers["tokenizer_training_GFLOP_per_image"] == pytest.approx(3 * numbers["tokenizer_forward_GFLOP_per_image"])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures: Path) -> None:
+def train_two_steps(name: str, run: Path, pictures: Path, *more: str) -> Path:
+    """Of the recipe at a tiny size; returns the model file."""
     recipe = load_recipe(name)
     overrides = [
         "model.image_size=32",
@@ -160,9 +165,65 @@ def test_it_trains_two_steps_at_a_tiny_size(name: str, tmp_path: Path, pictures:
         overrides += ["model.condition.num_classes=2"]
     if recipe.model.bottleneck.kind == "vq":
         overrides += ["model.bottleneck.codes=16"]
-    train(name, tmp_path / "run", *overrides)
+    train(name, run, *overrides, *more)
+    return run / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_two_steps_at_a_tiny_size_and_is_measured(name: str, tmp_path: Path, pictures: Path) -> None:
+    model = train_two_steps(name, tmp_path / "run", pictures)
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
+    [result] = evaluate(["psnr"], model=load_tokenizer(model, device="cpu"), data=pictures, device="cpu").results
+    assert result.value is not None and result.card.n == 14
+    source = load_recipe(name).model.condition.source
+    assert result.card.text is None if source == "none" else result.card.text.startswith(f"{source}: ")
+
+
+def test_a_model_on_class_embeddings_is_measured_with_the_ids_of_its_training(
+    texttok: Callable[..., Any], tmp_path: Path, pictures: Path
+) -> None:
+    """As its training's validation has it; also on images of one class, whose rank among the classes of these is another."""
+    harder = ("optimizer.lr=0.1", "training.ema=0", "training.precision=fp32", "training.val_rfid=false", f"data.val=[{pictures}]")
+    model = train_two_steps("ablations/4a-class-embedding", tmp_path / "run", pictures, *harder)
+    assert read_tokenizer_info(model).header.classes == ["even", "odd"]
+
+    def measured(data: Path) -> float:
+        outcome = texttok("eval", "--protocol", "recon", "--metric", "psnr", "-m", model, "--data", data, "--json")
+        [result] = json.loads(outcome.out)["results"]
+        assert result["card"]["text"] == "class_embedding: the images' classes"
+        return float(result["value"])
+
+    [validated] = metrics(tmp_path / "run", "val_psnr")
+    assert measured(pictures) == pytest.approx(validated["val_psnr"], abs=1e-4)
+    parts = {name: listed(tmp_path / f"{name}.jsonl", pictures, {name: name}) for name in ("even", "odd")}
+    assert (measured(parts["even"]) + measured(parts["odd"])) / 2 == pytest.approx(validated["val_psnr"], abs=1e-4)
+    swapped = listed(tmp_path / "swapped.jsonl", pictures, {"even": "odd", "odd": "even"})
+    assert abs(measured(swapped) - validated["val_psnr"]) > 1e-3
+
+
+def listed(manifest: Path, pictures: Path, classes: dict[str, str]) -> Path:
+    """A manifest of the pictures in the folders that are named, with these classes."""
+    rows = [
+        {"image": str(path), "class": classes[path.parent.name]} for path in sorted(pictures.rglob("*.png")) if path.parent.name in classes
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def test_a_model_whose_file_does_not_name_its_classes_is_written_anew_by_its_run(
+    texttok: Callable[..., Any], tmp_path: Path, pictures: Path
+) -> None:
+    model = train_two_steps("ablations/4a-class-embedding", tmp_path / "run", pictures)
+    whole = model.read_bytes()
+    header, tensors = load_safetensors(model, error=CheckpointError)
+    save_safetensors(model, tensors, {key: value for key, value in header.items() if key != "classes"})
+    outcome = texttok("eval", "--metric", "psnr", "-m", model, "--data", pictures)
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert "does not say of which classes: remove the file and run the same `texttok train` again" in outcome.err
+    model.unlink()
+    train_two_steps("ablations/4a-class-embedding", tmp_path / "run", pictures)
+    assert model.read_bytes() == whole
 
 
 # ------------------------------------------------------------------ generators

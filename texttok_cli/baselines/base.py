@@ -26,6 +26,7 @@ class Baseline:
     image_size: ClassVar[None] = None
     text: ClassVar[None] = None
     text_condition: ClassVar[None] = None
+    classes: ClassVar[None] = None
     precision: ClassVar[str] = "fp32"
     info: BaselineInfo
     channels: int  # of a latent

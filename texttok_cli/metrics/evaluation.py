@@ -56,9 +56,10 @@ def evaluate(
       comes with the package), cropped to its size; to `size` if it takes any. `images` is how many at most, evenly spaced.
 
     `captions` is a captions.jsonl and `caption_field` the key of a shard's .json for what conditions the model, or CLIP compares
-    samples with; `no_caption` is the empty condition. `protocol`, `split` and `notes` (labels, seed, sampler, steps, guidance) are
-    for the card. `resize`, `inception` (the whole network's file), `clip` and `clip_weights` are about the networks that measure.
-    `job` resumes, shares and watches long evaluations.
+    samples with; `no_caption` is the empty condition. A model on class embeddings takes the images' classes, which have the names of
+    training. `protocol`, `split` and `notes` (labels, seed, sampler, steps, guidance) are for the card. `resize`, `inception` (the
+    whole network's file), `clip` and `clip_weights` are about the networks that measure. `job` resumes, shares and watches long
+    evaluations.
 
     The report's `results` are in the order of the metrics, one model after the other. Each has `metric`, `value` (a float, None
     where it is not finite), `spread` (None where the rule has none), `card` and `warnings`.

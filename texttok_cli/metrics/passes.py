@@ -88,7 +88,7 @@ def _identity(work: Work, subject: Subject, evaluator: Evaluator) -> Any:
         "resize": evaluator.resize,
         "card": subject.card,
         "images": [images.fingerprint() for images in (work.samples, work.references) if images is not None],
-        "texts": hashlib.sha256(repr((subject.texts, subject.captions)).encode()).hexdigest(),
+        "texts": hashlib.sha256(repr((subject.texts, subject.captions, subject.classes)).encode()).hexdigest(),
     }
     return json.loads(json.dumps(identity))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from texttok_cli.config.schema import TextCondition
 from texttok_cli.data import SAMPLE_SET, Dataset, evenly_spaced, open_dataset
+from texttok_cli.data.labels import ids_among
 from texttok_cli.data.texts import texts_for
 from texttok_cli.errors import DataError, UsageError
 from texttok_cli.metrics.registry import uses_clip
@@ -57,6 +58,10 @@ class Autoencoder(Protocol):
     @property
     def text_condition(self) -> TextCondition | None:
         """How text conditions it; None for one without text."""
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names by id of the classes that condition it, which it takes in the place of captions; None for one without."""
 
     def token_counts(self, side: int) -> Mapping[str, int]:
         """What the card says of the tokens of an image: `tokens`, and `channels` or `codes`."""
@@ -103,23 +108,44 @@ def open_reconstructions(
     source = "none (--no-caption)" if no_caption else caption_source(captions, caption_field)
 
     def subject(model: Autoencoder) -> Subject:
-        condition = model.text_condition
-        texts = None
+        condition, texts, said = model.text_condition, None, None
         if condition is not None:
             texts = [""] * len(dataset) if no_caption else texts_for(dataset.items, condition, caption_field=caption_field)
+            said = source if no_caption else f"{condition.source}: {source}"
+        classes = None if model.classes is None else _classes_of(dataset, model.classes)
+        if classes is not None:
+            if no_caption:
+                raise DataError(f"{model.info.name}: is conditioned on classes and has no empty condition: leave out --no-caption")
+            said = "class_embedding: the images' classes"
         card: dict[str, Any] = {
             **common,
             **model.token_counts(side),
             "samples": model.info.name,
             "model_sha256": model.info.sha256,
-            "text": None if condition is None else source if no_caption else f"{condition.source}: {source}",
+            "text": said,
             "precision": model.precision,
         }
         cut = None if texts is None or model.text is None else cut_off(model.text.encoder, texts)
-        again = _reconstruction(model, texts)
-        return Subject("reconstruction", None, originals, card, True, captions=compared, texts=texts, reconstruct=again, cut_off=cut)
+        again = _reconstruction(model, texts if classes is None else classes)
+        return Subject(
+            "reconstruction",
+            None,
+            originals,
+            card,
+            paired=True,
+            captions=compared,
+            texts=texts,
+            classes=classes,
+            reconstruct=again,
+            cut_off=cut,
+        )
 
     return [subject(model) for model in models]
+
+
+def _classes_of(dataset: Dataset, known: Sequence[str]) -> list[str]:
+    """The class of each image. DataError names one that has none, or one that is not `known`, before anything is computed."""
+    return [known[i] for i in ids_among(known, ((item.id, item.class_name) for item in dataset.items))]
 
 
 def _common_size(models: Sequence[Autoencoder], size: int | None) -> int:
