@@ -10,7 +10,7 @@ from pictures import encoded, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from texttok_cli.data import center_crop, load_image, normalize, to_image, to_tensor, to_uint8
+from texttok_cli.data import center_crop, load_image, normalize, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.errors import DataError
 
 
@@ -105,9 +105,11 @@ def test_exif_orientation(kind, orientation):
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     image = Image.fromarray(np.ascontiguousarray(stored[orientation](upright)))
-    shown = pixels(encoded(image, kind, exif=exif, **options))
+    loaded = load_image(encoded(image, kind, exif=exif, **options), name="photo.x")
+    shown = np.asarray(loaded)
     assert shown.shape == upright.shape
     assert np.abs(shown.astype(int) - upright).max() <= (6 if kind == "JPEG" else 0)
+    assert np.array_equal(to_rgb(loaded, name="photo.x"), shown), "upright already"
 
 
 def test_animation_gives_its_first_frame():

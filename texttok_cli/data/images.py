@@ -72,7 +72,11 @@ def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
         rgb = _to_rgb(image, name)
     except DAMAGED as err:
         raise _damaged(name, err) from None
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    if orientation not in UPRIGHT:
+        return rgb
+    upright = rgb.transpose(UPRIGHT[orientation])
+    upright.info.clear()  # it still says how the image lay: another call would turn it once more
+    return upright
 
 
 def _damaged(name: str, err: Exception) -> DataError:
