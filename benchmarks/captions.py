@@ -16,12 +16,12 @@ from typing import get_args
 import torch
 from PIL import Image
 
-from texttok_cli import open_dataset
+from texttok_cli import load_captioner, open_dataset
 from texttok_cli.captioners.attributes import Attributes, measure, parse
 from texttok_cli.captioners.base import CaptionFailed
 from texttok_cli.captioners.classifier import Classifier
+from texttok_cli.captioners.load import CaptionerName
 from texttok_cli.captioners.run import caption_dataset
-from texttok_cli.commands.caption_backends import CaptionerName, Settings
 from texttok_cli.data import Dataset, load_image
 from texttok_cli.files import write_json
 
@@ -159,8 +159,7 @@ def attribute_agreement(dataset: Dataset) -> dict[str, float]:
 
 def speed(name: CaptionerName, dataset: Dataset, args: argparse.Namespace) -> dict[str, float]:
     """Captions a second, images read and decoded, after one batch to warm up."""
-    settings = Settings(captioner=name, model=args.model, endpoint=args.endpoint, device=args.device)
-    captioner = settings.load_captioner()
+    captioner = load_captioner(name, model=args.model, endpoint=args.endpoint, device=args.device)
     indices = list(range(min(args.images, len(dataset))))
     list(caption_dataset(captioner, dataset, indices[: args.batch_size], batch_size=args.batch_size))
     begin = time.perf_counter()

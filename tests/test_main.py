@@ -29,6 +29,7 @@ Run = Callable[..., Any]
         "import sys; sys.argv = ['texttok', '--help']; from texttok_cli.main import main; main()",
         "import sys; sys.argv = ['texttok', 'encode', '--help']; from texttok_cli.main import main; main()",
         "import sys; sys.argv = ['texttok', 'decode']; from texttok_cli.main import main; main()",
+        "import sys; sys.argv = ['texttok', 'caption', '--help']; from texttok_cli.main import main; main()",
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from texttok_cli.captioners.load import load_captioner
     from texttok_cli.config.loader import load_recipe
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import TextTokError
@@ -35,6 +36,7 @@ _HOMES = {
     "encode_dataset": "inference",
     "encode_folder": "inference",
     "evaluate": "metrics.evaluation",
+    "load_captioner": "captioners.load",
     "load_generator": "generation",
     "load_recipe": "config.loader",
     "load_tokenizer": "inference",
@@ -52,6 +54,7 @@ __all__ = [
     "encode_dataset",
     "encode_folder",
     "evaluate",
+    "load_captioner",
     "load_generator",
     "load_recipe",
     "load_tokenizer",

@@ -1,11 +1,13 @@
 """Lengths, prompts, measured words, captions from what is known, the file, and the pass over a dataset."""
 
+import inspect
 import io
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ from PIL import Image
 from texttok_cli.captioners import run
 from texttok_cli.captioners.attributes import COLOURS, Attributes, describe, measure, parse
 from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written, limit_words, with_article
+from texttok_cli.captioners.endpoint import Endpoint
 from texttok_cli.captioners.known import ClassText, Sidecar
+from texttok_cli.captioners.load import load_captioner
 from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.captioners.store import CaptionLines
+from texttok_cli.commands.caption import caption
 from texttok_cli.data import open_dataset
-from texttok_cli.errors import BackendError, DataError
+from texttok_cli.errors import BackendError, DataError, TextTokError
 from texttok_cli.files import sha256_file
 
 Picture = Callable[..., Image.Image]
@@ -111,6 +116,42 @@ def test_class_text_and_sidecar(picture: Picture) -> None:
     assert measured == Written("a tulip (tulip), mostly red in the middle, red towards the edges, dark, smooth")
     beside, failed = Sidecar()(subjects)
     assert beside == Written("two tulips") and "no text beside it" in str(failed)
+
+
+# ------------------------------------------------------------------ by name
+
+
+def test_a_captioner_by_its_name(picture: Picture) -> None:
+    for name in ("class-text", "class-measured", "sidecar"):
+        captioner = load_captioner(name)
+        (written,) = captioner([CaptionInput(picture(), "tulip", "beside")])
+        assert captioner.backend == name and isinstance(written, Written)
+    served = load_captioner("endpoint", model="m", endpoint="http://localhost:1/v1", max_words=20, concurrency=3)
+    assert isinstance(served, Endpoint) and (served.model, served.concurrency, served.max_tokens) == ("m", 3, 80)
+    assert served.prompt == load_prompt("caption", max_words=20)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["clip"], "clip: no such captioner; there are classifier, class-text, .*, endpoint"),
+        (["vlm"], "vlm: this captioner needs a model"),
+        (["endpoint"], "endpoint: this captioner needs a model"),
+        (["endpoint", {"model": "m"}], "not an address such as http://localhost:8000/v1"),
+        (["class-text", {"template": "a thing"}], "has no {} for the class"),
+        (["classifier", {"device": "abacus"}], "not available here"),
+    ],
+)
+def test_no_such_captioner(given: list[Any], said: str) -> None:
+    name, options = given[0], dict(*given[1:])
+    with pytest.raises(TextTokError, match=said):
+        load_captioner(name, **options)
+
+
+def test_the_defaults_are_those_of_the_command() -> None:
+    command = inspect.signature(caption).parameters
+    for name, parameter in inspect.signature(load_captioner).parameters.items():
+        assert parameter.default == command["captioner" if name == "name" else name].default, name
 
 
 # ------------------------------------------------------------------ the file

@@ -8,7 +8,7 @@ from texttok_cli.captioners.attributes import describe, measure
 from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data.labels import CLASS_TEXT, class_text
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 
 
 class ClassText:
@@ -18,7 +18,9 @@ class ClassText:
     concurrency = 0
 
     def __init__(self, template: str | None = None, *, measured: bool = False) -> None:
-        """`template` has a {} for the last part of the class's name; None is the one that tokenizers use."""
+        """`template` has a {} for the last part of the class's name, else UsageError; None is the one that tokenizers use."""
+        if template is not None and "{}" not in template:
+            raise UsageError(f"--template {template!r}: has no {{}} for the class")
         self.backend = "class-measured" if measured else "class-text"
         self.template, self.measured = template or CLASS_TEXT, measured
         self.prompt: Prompt | None = Prompt("template", None, self.template)

@@ -7,10 +7,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from texttok_cli.errors import DataError
 from texttok_cli.files import claim, json_object, naming
+
+if TYPE_CHECKING:
+    from texttok_cli.captioners.base import Captioner
+    from texttok_cli.captioners.unseen import Writer
 
 
 class CaptionLines:
@@ -64,6 +68,16 @@ class CaptionLines:
         for key, value in self.made_by.items():
             if row.get(key) != value:
                 raise DataError(f"{self.path}: its captions have {key} {row.get(key)}, these would have {value}; give another file with -o")
+
+
+def provenance_of(author: Captioner | Writer, max_words: int) -> dict[str, Any]:
+    """What is said of every caption in a file: backend, model, prompt hash, limit of words."""
+    return {
+        "backend": author.backend,
+        "model": author.model,
+        "prompt_sha256": None if author.prompt is None else author.prompt.sha256,
+        "max_words": max_words,
+    }
 
 
 def drop_cut_line(path: Path) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texttok_cli.commands.caption_backends import CaptionerName, Settings, WriterName
+from texttok_cli.captioners.load import CaptionerName
+from texttok_cli.commands.caption_backends import Settings, WriterName
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption, given_options
 from texttok_cli.errors import DataError, UsageError
 
@@ -149,13 +150,13 @@ def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_si
     """Whether every image has a caption."""
     from texttok_cli.captioners.base import CaptionFailed, limit_words
     from texttok_cli.captioners.run import caption_dataset
-    from texttok_cli.captioners.store import CaptionLines
+    from texttok_cli.captioners.store import CaptionLines, provenance_of
     from texttok_cli.console import emit, progress, say
 
     captioner = settings.load_captioner()
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
     cut = written = 0
-    with CaptionLines(out, settings.provenance_of(captioner)) as lines, progress(quiet=quiet) as bar:
+    with CaptionLines(out, provenance_of(captioner, settings.max_words)) as lines, progress(quiet=quiet) as bar:
         task = bar.add_task("captioning", total=len(dataset), note="")
         todo = _todo(dataset, lines, lambda: bar.advance(task))
         for outcomes in caption_dataset(captioner, dataset, todo, batch_size=batch_size):

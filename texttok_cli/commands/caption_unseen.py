@@ -21,14 +21,14 @@ def write_unseen(
     settings: Settings, training: Dataset, evaluation: Sequence[str], number: int, out: Path, *, seed: int, quiet: bool, json: bool
 ) -> bool:
     """`number` captions of each class into `out`; whether every class has them."""
-    from texttok_cli.captioners.store import CaptionLines
+    from texttok_cli.captioners.store import CaptionLines, provenance_of
     from texttok_cli.captioners.unseen import CaptionBank, unseen_captions
     from texttok_cli.console import emit, progress
 
     by_class = _by_class(training)
     bank = CaptionBank(by_class, evaluation)
     author = settings.load_writer(bank, seed)
-    with CaptionLines(out, {**settings.provenance_of(author), "seed": seed}) as lines, progress(quiet=quiet) as bar:
+    with CaptionLines(out, {**provenance_of(author, settings.max_words), "seed": seed}) as lines, progress(quiet=quiet) as bar:
         there = _captions_of(lines)
         _check_leaks(lines, bank)  # those of an earlier run, perhaps against other data
         already = len(lines.rows)
