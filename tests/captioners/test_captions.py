@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from texttok_cli.captioners import run
 from texttok_cli.captioners.attributes import COLOURS, Attributes, describe, measure, parse
@@ -22,7 +22,7 @@ from texttok_cli.captioners.load import load_captioner
 from texttok_cli.captioners.prompts import load_prompt
 from texttok_cli.captioners.store import CaptionLines
 from texttok_cli.commands.caption import caption
-from texttok_cli.data import open_dataset
+from texttok_cli.data import load_image, open_dataset
 from texttok_cli.errors import BackendError, DataError, TextTokError
 from texttok_cli.files import sha256_file
 
@@ -116,6 +116,31 @@ def test_class_text_and_sidecar(picture: Picture) -> None:
     assert measured == Written("a tulip (tulip), mostly red in the middle, red towards the edges, dark, smooth")
     beside, failed = Sidecar()(subjects)
     assert beside == Written("two tulips") and "no text beside it" in str(failed)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
+def test_a_picture_of_any_mode_is_captioned_as_its_file_is(mode: str, picture: Picture) -> None:
+    image = Image.new(mode, (40, 30), 40_000) if mode == "I;16" else picture((200, 30, 30)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    given, expected = CaptionInput(image, "tulip"), CaptionInput(load_image(buffer.getvalue(), name="its file"), "tulip")
+    assert given.image.mode == "RGB" and given.image.tobytes() == expected.image.tobytes()
+    captioner = ClassText(measured=True)
+    assert captioner([given]) == captioner([expected]) != captioner([CaptionInput(picture(), "tulip")])
+
+
+def test_a_loaded_picture_is_upright_already(picture: Picture) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(size=(40, 30)).save(buffer, "PNG", exif=exif)
+    assert CaptionInput(load_image(buffer.getvalue(), name="x")).image.size == CaptionInput(Image.open(buffer)).image.size == (30, 40)
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="str: is not a PIL image"):
+        CaptionInput("img.png")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a PIL image: its pixels are floating point"):
+        CaptionInput(Image.new("F", (4, 4)))
 
 
 # ------------------------------------------------------------------ by name

@@ -9,6 +9,7 @@ from typing import Protocol
 from PIL import Image
 
 from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.data import to_rgb
 from texttok_cli.errors import DataError
 
 SENTENCE_ENDS = (".", "!", "?")
@@ -21,11 +22,19 @@ class CaptionFailed(DataError):
 
 @dataclass(frozen=True, slots=True)
 class CaptionInput:
-    """An image (RGB) to be captioned, and what is known of it: its class and the caption beside it."""
+    """An image to be captioned, made RGB and upright, and what is known of it: its class and the caption beside it.
+
+    DataError for what is no PIL image, and as `texttok_cli.data.to_rgb` raises it.
+    """
 
     image: Image.Image
     class_name: str | None = None
     caption: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image, Image.Image):
+            raise DataError(f"{type(self.image).__name__}: is not a PIL image")
+        object.__setattr__(self, "image", to_rgb(self.image, name="a PIL image"))
 
 
 @dataclass(frozen=True, slots=True)
