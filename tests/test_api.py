@@ -101,6 +101,35 @@ def pictures(tmp_path: Path, draw: Callable[..., Path]) -> Path:
     return tmp_path / "pictures"
 
 
+def test_captions_are_what_the_command_writes(
+    pictures: Path, tmp_path: Path, texttok: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texttok_cli import load_captioner, open_dataset, write_captions
+
+    monkeypatch.chdir(tmp_path)
+    captioner = load_captioner("class-measured")
+    done = write_captions(captioner, open_dataset(pictures.parent), "ours.jsonl")
+    given = ("caption", pictures.parent, "--captioner", "class-measured", "--json", "-o")
+    texttok(*given, "theirs.jsonl")
+    assert done.written == 5 and done.path.read_bytes() == Path("theirs.jsonl").read_bytes()
+    before = done.path.read_bytes()
+    assert write_captions(captioner, open_dataset(pictures.parent), "ours.jsonl").already_there == 5
+    assert json.loads(texttok(*given, "ours.jsonl").out)["already_there"] == 5 and done.path.read_bytes() == before
+    found = open_dataset(pictures.parent, captions="ours.jsonl")
+    assert all(str(item.caption).startswith("a photo of a pictures, mostly ") for item in found.items)
+
+
+def test_a_captioner_is_called_on_pictures() -> None:
+    from PIL import Image
+
+    from texttok_cli import load_captioner
+    from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
+
+    images = [Image.new(mode, (64, 48)) for mode in ("RGB", "RGBA", "L")]
+    outcomes = load_captioner("class-measured")([CaptionInput(image, "tulip") for image in images] + [CaptionInput(images[0])])
+    assert [type(outcome) for outcome in outcomes] == [Written, Written, Written, CaptionFailed]
+
+
 def test_evaluate_is_what_the_command_does(models: Path, pictures: Path, tmp_path: Path, texttok: Callable[..., Any]) -> None:
     """Of models, and of samples: the same report, whether it is returned, printed or written."""
     from texttok_cli import evaluate, load_tokenizer

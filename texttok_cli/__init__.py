@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from texttok_cli.captioners.load import load_captioner
+    from texttok_cli.captioners.run import write_captions
     from texttok_cli.config.loader import load_recipe
     from texttok_cli.data import open_dataset
     from texttok_cli.errors import TextTokError
@@ -44,6 +45,7 @@ _HOMES = {
     "open_dataset": "data",
     "save_tokens": "tokens",
     "train": "training",
+    "write_captions": "captioners.run",
 }
 __all__ = [
     "Generator",
@@ -62,6 +64,7 @@ __all__ = [
     "open_dataset",
     "save_tokens",
     "train",
+    "write_captions",
 ]
 
 

@@ -175,8 +175,10 @@ def test_no_such_captioner(given: list[Any], said: str) -> None:
 
 def test_the_defaults_are_those_of_the_command() -> None:
     command = inspect.signature(caption).parameters
-    for name, parameter in inspect.signature(load_captioner).parameters.items():
-        assert parameter.default == command["captioner" if name == "name" else name].default, name
+    ours = {**inspect.signature(load_captioner).parameters, **inspect.signature(run.write_captions).parameters}
+    ours["captioner"] = ours.pop("name")
+    assert all(parameter.default == command[name].default for name, parameter in ours.items() if name in command.keys() - {"out"})
+    assert set(ours) - set(command) == {"dataset", "on_error", "on_progress"}
 
 
 # ------------------------------------------------------------------ the file
@@ -287,6 +289,57 @@ def test_what_stops_every_image_is_raised_and_the_threads_end(
         list(run.caption_dataset(fake, open_dataset([tmp_path]), range(30), batch_size=1))
     time.sleep(0.1)
     assert len(fake.calls) < 30 and not any(thread.is_alive() for thread in fake.threads - {threading.main_thread()})
+
+
+def wide(folder: Path, draw: Callable[..., Path], widths: Sequence[int]) -> Path:
+    for width in widths:
+        draw(folder / f"{width}.png", size=(width, 8))
+    return folder
+
+
+@pytest.mark.parametrize("concurrency", [0, 3])
+def test_a_file_of_captions_grows_by_what_is_missing(concurrency: int, tmp_path: Path, draw: Callable[..., Path]) -> None:
+    out, failed, progress = tmp_path / "c.jsonl", [], []
+
+    def write() -> run.Captioned:
+        failed.clear()
+        progress.clear()
+        return run.write_captions(
+            Fake(concurrency),
+            open_dataset(tmp_path / "in"),
+            str(out),
+            max_words=1,
+            batch_size=2,
+            on_error=lambda *why: failed.append(why),
+            on_progress=lambda *done: progress.append(done),
+        )
+
+    wide(tmp_path / "in", draw, [11, 12, 13])
+    assert write() == run.Captioned(out, written=2, cut=2, already_there=0)
+    assert failed == [("12.png", "refused")] and progress == [(done, 3) for done in ((1, 2, 3) if concurrency else (2, 3))]
+    first = out.read_bytes()
+    wide(tmp_path / "in", draw, [14])
+    assert write() == run.Captioned(out, written=1, cut=1, already_there=2)
+    assert failed == [("12.png", "refused")] and progress == [(done, 4) for done in ((1, 2, 3, 4) if concurrency else (1, 2, 4))]
+    assert out.read_bytes().startswith(first)
+    assert json.loads(out.read_text().splitlines()[-1]) == {
+        "id": "14.png",
+        "caption": "14",
+        "words": 1,
+        "input_sha256": sha256_file(tmp_path / "in" / "14.png"),
+        "cut": True,
+        "backend": "fake",
+        "model": None,
+        "prompt_sha256": None,
+        "max_words": 1,
+    }
+
+
+def test_an_image_without_a_caption_ends_it_unless_somebody_is_told(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    dataset, out = open_dataset(wide(tmp_path / "in", draw, [11, 12, 13])), tmp_path / "c.jsonl"
+    with pytest.raises(DataError, match=r"\A12\.png: refused\Z"):
+        run.write_captions(Fake(), dataset, out)
+    assert len(out.read_text().splitlines()) == 2, "its batch is not lost"
 
 
 def test_an_id_is_no_text_of_a_class(picture: Picture) -> None:

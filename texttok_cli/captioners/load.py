@@ -38,7 +38,9 @@ def load_captioner(
 
     `write_captions` takes it through a dataset. Images of your own are captioned by calling it, a batch at a time:
     `captioner([CaptionInput(image) for image in images])` (`texttok_cli.captioners.base`) gives for each a Written with its
-    `text`, or a CaptionFailed that says why there is none. `max_words` is what a model with a prompt is asked for.
+    `text`, or a CaptionFailed that says why there is none.
+
+    `max_words` is what a model with a prompt is asked for; `write_captions` cuts at its own, and should be given the same.
 
     Raises UsageError for a name that there is not and a model that is missing, BackendError for what is not available.
     """

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from texttok_cli.captioners.load import CaptionerName
 from texttok_cli.commands.caption_backends import Settings, WriterName
 from texttok_cli.commands.options import DebugOption, DeviceOption, JsonOption, OfflineOption, PrecisionOption, QuietOption, given_options
-from texttok_cli.errors import DataError, UsageError
+from texttok_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from texttok_cli.captioners.store import CaptionLines
-    from texttok_cli.data import Dataset, Item
+    from texttok_cli.data import Dataset
 
 OUT, UNSEEN_OUT = Path("captions.jsonl"), Path("unseen.captions.jsonl")
 
@@ -148,57 +144,27 @@ def _show_prompt(settings: Settings, *, unseen: bool, json: bool) -> None:
 
 def _caption_images(settings: Settings, dataset: Dataset, out: Path, *, batch_size: int, quiet: bool, json: bool) -> bool:
     """Whether every image has a caption."""
-    from texttok_cli.captioners.base import CaptionFailed, limit_words
-    from texttok_cli.captioners.run import caption_dataset
-    from texttok_cli.captioners.store import CaptionLines, provenance_of
+    from texttok_cli.captioners.run import write_captions
     from texttok_cli.console import emit, progress, say
 
     captioner = settings.load_captioner()
     failed = [(entry.id, entry.reason) for entry in dataset.skipped]
-    cut = written = 0
-    with CaptionLines(out, provenance_of(captioner, settings.max_words)) as lines, progress(quiet=quiet) as bar:
+    with progress(quiet=quiet) as bar:
         task = bar.add_task("captioning", total=len(dataset), note="")
-        todo = _todo(dataset, lines, lambda: bar.advance(task))
-        for outcomes in caption_dataset(captioner, dataset, todo, batch_size=batch_size):
-            rows = []
-            for index, outcome, sha256 in outcomes:
-                item = dataset.items[index]
-                if isinstance(outcome, CaptionFailed):
-                    failed.append((item.id, str(outcome)))
-                    continue
-                text, was_cut = limit_words(outcome, settings.max_words)
-                cut += was_cut
-                rows.append(_row(item, text, was_cut, sha256))
-            lines.add(rows)
-            written += len(rows)
-            bar.advance(task, len(outcomes))
+        done = write_captions(
+            captioner,
+            dataset,
+            out,
+            max_words=settings.max_words,
+            batch_size=batch_size,
+            on_error=lambda image_id, reason: failed.append((image_id, reason)),
+            on_progress=lambda done, total: bar.update(task, completed=done),
+        )
     for image_id, reason in failed:
         say(f"failed {image_id}: {reason}")
-    if cut and not quiet:
-        say(f"longer than {settings.max_words} words or than the model could write, so the end was cut off: {cut:,} captions")
-    summary: dict[str, Any] = {"out": str(out), "captioner": captioner.backend, "model": captioner.model or "none", "captions": written}
-    more = {"already_there": len(dataset) - len(todo), "cut": cut, "failed": len(failed)}
+    if done.cut and not quiet:
+        say(f"longer than {settings.max_words} words or than the model could write, so the end was cut off: {done.cut:,} captions")
+    summary = {"out": str(out), "captioner": captioner.backend, "model": captioner.model or "none", "captions": done.written}
+    more = {"already_there": done.already_there, "cut": done.cut, "failed": len(failed)}
     emit(summary | {name: value for name, value in more.items() if value}, as_json=json)
     return not failed
-
-
-def _todo(dataset: Dataset, lines: CaptionLines, on_there: Callable[[], None]) -> list[int]:
-    """Indices of the images that have no line yet. DataError if the line is of another image; older ones don't say of which."""
-    there = {row.get("id"): row.get("input_sha256") for row in lines.rows}
-    todo = []
-    for index, item in enumerate(dataset.items):
-        if item.id not in there:
-            todo.append(index)
-            continue
-        sha256 = there[item.id]
-        if sha256 is not None and sha256 != hashlib.sha256(dataset.read(index)).hexdigest():
-            raise DataError(f"{lines.path}: its caption of {item.id} is of another image than {item.file}; give another file with -o")
-        on_there()
-    return todo
-
-
-def _row(item: Item, text: str, was_cut: bool, sha256: str | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": item.id, "caption": text, "words": len(text.split()), "input_sha256": sha256}
-    if was_cut:
-        row["cut"] = True
-    return row if item.class_name is None else {**row, "class": item.class_name}
