@@ -53,7 +53,7 @@ def test_everything_is_merged_into_one_page(latency_result: LatencyResult, sweep
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"points": []}, "no points"),
+        ({"points": []}, "sweep.json: header: no points"),
         ({"tokens": {"A": 32}}, "tokens does not have the series 'B'"),
         (
             {"points": [{"series": "A", "steps": 1, "sampler": "x", "cfg": "1", "seconds_per_image": 1, "fid": float("nan"), "images": 2}]},
@@ -234,7 +234,7 @@ def test_a_sweep_is_drawn_again_with_the_same_panel(tradeoff_result: Make, tmp_p
 def test_what_is_damaged_is_one_line_and_within_a_folder_leaves_the_rest(latency_result: LatencyResult, tmp_path: Path) -> None:
     whole = latency_result.model_dump(mode="json")
     lines = {
-        json.dumps(whole | {"rows": [{"system": "A"}]}): "latency.rows.0.part: Field required",
+        json.dumps(whole | {"rows": [{"system": "A"}]}): "header.rows.0.part: Field required",
         json.dumps(whole | {"texttok_bench": 2}): "texttok_bench is 2, this texttok reads 1; update texttok",
         json.dumps({"texttok_report": 1}): "header.results: Field required",
         "{": "not a result (no JSON object)",

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from texttok_cli.bench.machine import Machine
 from texttok_cli.bench.timing import Spread
 from texttok_cli.config.schema import Config
 from texttok_cli.errors import DataError
-from texttok_cli.files import write_json
+from texttok_cli.files import parse_header, write_json
 
 KEY = "texttok_bench"  # its value is the format's version
-FORMAT: Literal[1] = 1
-
+FORMAT = 1
 
 PaperSize = Literal[256, 512]
 
@@ -62,7 +61,7 @@ class Target(Config):
 class LatencyResult(Config):
     """What `texttok bench latency` measured in one run."""
 
-    texttok_bench: Literal[1] = FORMAT
+    texttok_bench: int = FORMAT
     kind: Literal["latency"] = "latency"
     weights: str  # whose
     precision: str
@@ -86,7 +85,7 @@ class PointResult(Config):
 class TradeoffResult(Config):
     """A speed/quality curve."""
 
-    texttok_bench: Literal[1] = FORMAT
+    texttok_bench: int = FORMAT
     kind: Literal["tradeoff"] = "tradeoff"
     name: str
     machine: Machine
@@ -104,10 +103,6 @@ class TradeoffResult(Config):
         return self
 
 
-Result = Annotated[LatencyResult | TradeoffResult, Field(discriminator="kind")]
-_RESULT: TypeAdapter[LatencyResult | TradeoffResult] = TypeAdapter(Result)
-
-
 def save_result(path: Path, result: LatencyResult | TradeoffResult) -> None:
     """Write it as JSON, atomically."""
     write_json(path, result.model_dump(mode="json"))
@@ -115,10 +110,5 @@ def save_result(path: Path, result: LatencyResult | TradeoffResult) -> None:
 
 def parse_result(path: Path, value: Mapping[str, object]) -> LatencyResult | TradeoffResult:
     """A benchmark's result, checked. DataError for another version, and names the first field that is wrong."""
-    if value[KEY] != FORMAT:
-        raise DataError(f"{path}: {KEY} is {str(value[KEY])[:20]}, this texttok reads {FORMAT}; update texttok")
-    try:
-        return _RESULT.validate_python(value)
-    except ValidationError as err:
-        first = err.errors()[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    schema: type[LatencyResult | TradeoffResult] = TradeoffResult if value.get("kind") == "tradeoff" else LatencyResult
+    return parse_header(value, schema, key=KEY, version=FORMAT, path=path, error=DataError)
