@@ -16,7 +16,7 @@ from torch import Tensor
 from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
-from texttok_cli.metrics.clip import as_trained, find_weights
+from texttok_cli.metrics.clip import load_open_clip
 
 DEFAULT_NAME, DEFAULT_WEIGHTS = "coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"
 START, END = 49406, 49407  # open_clip's byte-pair vocabulary
@@ -38,13 +38,7 @@ class CoCa:
             raise BackendError(
                 f"--model {name}: not a CoCa of open_clip's; it has {', '.join(m for m in open_clip.list_models() if 'coca' in m)}"
             )
-        path, how = find_weights(name, weights, option="--weights", offline=offline), as_trained(name, weights)
-        try:
-            self.network, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **how)
-        except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
-            said = " ".join(str(err).split())[:200] or type(err).__name__
-            raise BackendError(f"--weights {weights}: could not be loaded as weights of {name}: {said}") from err
-        self.network.requires_grad_(False).eval()
+        self.network, self.prepare, _ = load_open_clip(name, weights, option="--weights", device=device, offline=offline)
         self.model: str | None = f"{name}/{Path(weights).name}"
         self.decode: Any = open_clip.get_tokenizer(name).decode
         self.device = torch.device(device)

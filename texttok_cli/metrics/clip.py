@@ -40,12 +40,7 @@ class ClipScorer:
 
         if name not in open_clip.list_models():
             raise BackendError(f"--clip {name}: open_clip has no such model")
-        path, how = find_weights(name, weights, option="--clip-weights", offline=offline), as_trained(name, weights)
-        try:
-            self.model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **how)
-        except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
-            raise BackendError(f"{path}: not weights of {name} ({type(err).__name__})") from err
-        self.model.requires_grad_(False).eval()
+        self.model, self.prepare, path = load_open_clip(name, weights, option="--clip-weights", device=device, offline=offline)
         self.tokenize: Any = open_clip.get_tokenizer(name)
         self.name, self.sha256, self.device, self.truncated = name, sha256_file(path), torch.device(device), 0
 
@@ -72,6 +67,19 @@ class ClipScorer:
         # SigLIP pads with the token that it ends with, CLIPS has its last token after the padding: so all are counted.
         taken = [self.tokenize([text], context_length=room) != theirs.pad_token_id for room in (length, length + 1)]
         return bool(taken[1].sum() > taken[0].sum())
+
+
+def load_open_clip(name: str, weights: str, *, option: str, device: torch.device | str, offline: bool) -> tuple[Any, Any, Path]:
+    """A frozen model of open_clip's, what makes its inputs of an image, and the file of its weights. BackendError names `option`."""
+    import open_clip
+
+    path, how = find_weights(name, weights, option=option, offline=offline), as_trained(name, weights)
+    try:
+        model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device, **how)
+    except Exception as err:  # what is no such file makes the unpickler fail in any way it happens to
+        said = " ".join(str(err).split())[:200] or type(err).__name__
+        raise BackendError(f"{option} {weights}: could not be loaded as weights of {name}: {said}") from err
+    return model.requires_grad_(False).eval(), prepare, path
 
 
 def as_trained(name: str, weights: str) -> dict[str, Any]:
