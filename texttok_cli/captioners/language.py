@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +9,7 @@ import torch
 from texttok_cli.assets import is_offline
 from texttok_cli.captioners.base import Written
 from texttok_cli.captioners.client import ChatClient
-from texttok_cli.captioners.vlm import ended, loading
-from texttok_cli.errors import BackendError
+from texttok_cli.captioners.vlm import called, ended, loading, pretrained
 
 
 class LanguageModel(Protocol):
@@ -51,11 +49,9 @@ class LocalLanguageModel:
         local = {"local_files_only": is_offline(offline), "trust_remote_code": False}
         with loading(f"--model {name}: not a language model that can be loaded"):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **local)
-            network, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, weights_only=True, output_loading_info=True, **local)
-        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the model complete?")
+            network = pretrained(AutoModelForCausalLM, name, dtype=dtype, **local)
         self.network: Any = network.to(device).eval()
-        self.model = Path(name).name if Path(name).exists() else name
+        self.model = called(name)
 
     @torch.no_grad()
     def write(self, text: str, *, max_tokens: int, seed: int) -> Written:

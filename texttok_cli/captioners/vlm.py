@@ -53,15 +53,11 @@ class VisionLanguageModel:
         local = {"local_files_only": is_offline(offline), "trust_remote_code": False}
         with loading(f"--model {name}: not a captioning model that can be loaded"):
             self.processor: Any = _Processor.load(name, local)
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, weights_only=True, output_loading_info=True, **placed, **local
-            )
-        if report["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the model complete?")
+            model = pretrained(AutoModelForImageTextToText, name, dtype=dtype, **placed, **local)
         if getattr(self.processor.whole, "num_query_tokens", 0) is None:  # of BLIP-2's kind, from before the image had places in the text
             raise BackendError(f"--model {name}: its processor has no num_query_tokens, so the image would get lost: use a newer revision")
         self.network: Any = model.eval().requires_grad_(False) if placed else model.eval().requires_grad_(False).to(device)
-        self.model: str | None = Path(name).name if Path(name).exists() else name
+        self.model: str | None = called(name)
         self.max_tokens = max_tokens
         self._text, self.prompt = _told(self.processor.whole, model.config.model_type, prompt)
 
@@ -125,6 +121,19 @@ def loading(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError, UnpicklingError) as err:
         raise BackendError(f"{what}: {' '.join(str(err).split())[:200]}") from err
+
+
+def pretrained(kind: Any, name: str, **how: Any) -> Any:
+    """A model through one of transformers' Auto classes, its weights never unpickled. BackendError if some of them are missing."""
+    model, report = kind.from_pretrained(name, weights_only=True, output_loading_info=True, **how)
+    if report["missing_keys"]:  # transformers fills them with random numbers and goes on
+        raise BackendError(f"--model {name}: weights are missing ({sorted(report['missing_keys'])[0]}, ...): is the model complete?")
+    return model
+
+
+def called(name: str) -> str:
+    """What a model is recorded as: a repository of the hub, or the name of a folder without the place of it."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _told(processor: Any, model_type: str, prompt: Prompt) -> tuple[str | None, Prompt | None]:
