@@ -8,7 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from texttok_cli.data import images, open_dataset
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator
 from texttok_cli.metrics.sample_run import LABELS
-from texttok_cli.metrics.sources import NpzImages
+from texttok_cli.metrics.sources import NpzImages, writing_npz
 
 Run = Callable[..., Any]
 FAST = ("--steps", "2", "--device", "cpu", "--quiet")
@@ -208,7 +209,12 @@ def test_a_full_disk_loses_nothing(by_class: Run, tmp_path: Path, monkeypatch: p
         def no_room(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(sample_folder.NpzWriter, "add", no_room)
+        @contextmanager
+        def writing(*where: Any) -> Iterator[Callable[..., None]]:
+            with writing_npz(*where):
+                yield no_room
+
+        patch.setattr(sample_folder, "writing_npz", writing)
         assert "No space left on device" in one_line(by_class(*args).err)
     assert not (tmp_path / "out" / "samples.npz").exists() and len(pixels(tmp_path / "out")) == 6
     assert by_class(*args).code == 0

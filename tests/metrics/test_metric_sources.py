@@ -13,7 +13,7 @@ from gaussians import gaussian_of
 from texttok_cli.data import open_dataset
 from texttok_cli.errors import DataError
 from texttok_cli.metrics import sources
-from texttok_cli.metrics.sources import FileImages, NpzImages, NpzWriter, TensorImages, read_npz_reference, write_statistics
+from texttok_cli.metrics.sources import FileImages, NpzImages, TensorImages, read_npz_reference, write_statistics, writing_npz
 
 Draw = Callable[..., Path]
 
@@ -43,11 +43,9 @@ def test_the_first_image_of_a_batch_is_read_too_and_again(tmp_path: Path) -> Non
 
 def test_a_written_batch_is_numpys(tmp_path: Path) -> None:
     images = torch.from_numpy(batch()).permute(0, 3, 1, 2)
-    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
-        writer = NpzWriter(archive, 5, 8)
-        writer.add(images[:2])
-        writer.add(images[2:])
-        writer.close()
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive, writing_npz(archive, 5, 8) as write:
+        write(images[:2])
+        write(images[2:])
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], batch())
 
 

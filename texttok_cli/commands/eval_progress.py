@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,14 +37,13 @@ def show(seeing: Pass, *, first: bool, quiet: bool, save_samples: Path | None) -
 
 
 @contextmanager
-def _writer(path: Path | None, images: Images) -> Iterator[Callable[[Tensor], None]]:
+def _writer(path: Path | None, images: Images) -> Iterator[Callable[[Tensor], object]]:
     if path is None:
         yield lambda samples: None
         return
     from texttok_cli.files import atomic_path
-    from texttok_cli.metrics.sources import NpzWriter
+    from texttok_cli.metrics.sources import writing_npz
 
     n, size = len(images.ids), images.size
-    # The archive can't be closed before its member, also after an error.
-    with atomic_path(path) as file, zipfile.ZipFile(file, "w") as archive, closing(NpzWriter(archive, n, size)) as writer:
-        yield writer.add
+    with atomic_path(path) as file, zipfile.ZipFile(file, "w") as archive, writing_npz(archive, n, size) as write:
+        yield write

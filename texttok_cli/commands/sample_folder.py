@@ -13,7 +13,6 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from PIL import Image
 from texttok_cli.data import save_png, save_pngs, to_tensor
 from texttok_cli.errors import DataError, UsageError
 from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
-from texttok_cli.metrics.sources import NpzImages, NpzWriter
+from texttok_cli.metrics.sources import NpzImages, writing_npz
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,9 +125,9 @@ class SampleFolder:
     def _write_npz(self, labels: Sequence[int] | None) -> None:
         size = Image.open(self.image(0)).width
         with atomic_path(self.npz) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with closing(NpzWriter(archive, self.n, size)) as writer:  # of a full disk too: the archive can't close before its member
+            with writing_npz(archive, self.n, size) as write:
                 for i in range(self.n):
-                    writer.add(to_tensor(Image.open(self.image(i)))[None])
+                    write(to_tensor(Image.open(self.image(i)))[None])
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.array(labels, dtype=np.int64))

@@ -14,7 +14,8 @@ import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -246,20 +247,12 @@ def write_statistics(path: Path, found: Mapping[str, Gaussian]) -> None:
         np.savez(file, **arrays)
 
 
-class NpzWriter:
-    """Write `arr_0` (n, S, S, 3) uint8 of an .npz batch by batch, in order; ADM's evaluator reads it."""
-
-    def __init__(self, archive: zipfile.ZipFile, n: int, size: int) -> None:
-        self._file = archive.open("arr_0.npy", "w", force_zip64=True)
-        np.lib.format.write_array_header_1_0(self._file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
-
-    def add(self, images: Tensor) -> None:
-        """Images uint8 (B, 3, S, S)."""
-        self._file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-
-    def close(self) -> None:
-        """The last image is written."""
-        self._file.close()
+@contextmanager
+def writing_npz(archive: zipfile.ZipFile, n: int, size: int) -> Iterator[Callable[[Tensor], object]]:
+    """Write `arr_0` (n, S, S, 3) uint8 of an .npz by calls with images uint8 (B, 3, S, S), in order; ADM's evaluator reads it."""
+    with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # closed after an error too: the archive can't close before it
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
+        yield lambda images: file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
 def _digest(parts: Sequence[object], files: set[Path]) -> str:
