@@ -156,8 +156,8 @@ def test_the_first_process_takes_in_what_each_of_the_others_found_once(fake: Non
         monkeypatch.setenv(name, "3")
     for rank in (1, 2, 0):
         monkeypatch.setenv("RANK", str(rank))
-        truncated = Processes().merge(found[rank])
-    assert truncated == [3 * (1 + 1), 3 * (100 + 1)]
+        Processes().merge(found[rank])
+    assert [evaluator.truncated for evaluator in found[0]] == [3 * (1 + 1), 3 * (100 + 1)]
     for evaluator in found[0]:
         assert (evaluator.evidence.samples.n, evaluator.evidence.references.n) == (50, 45)
         assert len(evaluator.evidence.by_image["clip-score"].in_order()) == 50

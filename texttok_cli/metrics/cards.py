@@ -40,11 +40,11 @@ def declare(subject: Subject, *, protocol: ProtocolName | None, split: str | Non
     return replace(subject, card={**card, **notes})
 
 
-def results_of(subject: Subject, evaluator: Evaluator, truncated: int) -> list[Result]:
-    """Every number with its card; CLIP could not read `truncated` captions to their end. DataError as `Evaluator.compute` has it."""
+def results_of(subject: Subject, evaluator: Evaluator) -> list[Result]:
+    """Every number with its card. DataError as `Evaluator.compute` has it."""
     results = []
     for name, (value, spread) in evaluator.compute().items():
-        metric, card = METRICS[name], _card(name, subject, evaluator, truncated)
+        metric, card = METRICS[name], _card(name, subject, evaluator)
         result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
         warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
         warnings += _doubts(subject, reference=metric.reference)
@@ -80,7 +80,7 @@ def _doubts(subject: Subject, *, reference: bool) -> list[str]:
     return doubts
 
 
-def _card(name: str, subject: Subject, evaluator: Evaluator, truncated: int) -> Card:
+def _card(name: str, subject: Subject, evaluator: Evaluator) -> Card:
     metric, references = METRICS[name], subject.references if METRICS[name].reference else None
     network, sha256 = evaluator.networks.get(metric.network if metric.network != "lpips" else name, (None, None))
     given = next((subject.given[need] for need in metric.needs if need in subject.given), None)
@@ -98,6 +98,6 @@ def _card(name: str, subject: Subject, evaluator: Evaluator, truncated: int) -> 
         n=len(subject.measured.ids),
         n_reference=n_reference,
         captions_sha256=captions_sha256(subject.captions) if metric.network == "clip" and subject.captions is not None else None,
-        captions_truncated=truncated if metric.network == "clip" else None,
+        captions_truncated=evaluator.truncated if metric.network == "clip" else None,
         versions=versions(),
     )

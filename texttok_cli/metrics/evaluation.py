@@ -112,7 +112,7 @@ def evaluate(
     )
     evaluators = [first, *(first.against_the_same() for _ in subjects[1:])]
     job.see(subjects, evaluators, batch_size=batch_size)
-    truncated = job.processes.merge(evaluators)
-    found = zip(subjects, evaluators, truncated, strict=True)
+    job.processes.merge(evaluators)
+    found = zip(subjects, evaluators, strict=True)
     report = None if job.processes.rank else Report(results=[result for one in found for result in results_of(*one)])
     return job.processes.share(report)

@@ -45,19 +45,18 @@ class Processes:
         if self.size > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    def merge(self, evaluators: Sequence[Evaluator]) -> list[int]:
-        """Bring what all processes found into the first one's evaluators. Returns there how many captions CLIP cut off for each, of all."""
-        truncated = [evaluator.truncated for evaluator in evaluators]
+    def merge(self, evaluators: Sequence[Evaluator]) -> None:
+        """Bring what all processes found into the first one's evaluators."""
         if self.size == 1:
-            return truncated
+            return
         self.join()  # over gloo: what was found is on the CPU, wherever it was computed
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object([(evaluator.evidence, count) for evaluator, count in zip(evaluators, truncated, strict=True)], found)
+        dist.gather_object([(evaluator.evidence, evaluator.truncated) for evaluator in evaluators], found)
         for others in (found or [])[1:]:
-            for number, (evidence, count) in enumerate(others):
-                evaluators[number].evidence.merge(evidence)
-                truncated[number] += count
-        return truncated
+            for evaluator, (evidence, truncated) in zip(evaluators, others, strict=True):
+                evaluator.evidence.merge(evidence)
+                if evaluator.clip is not None:
+                    evaluator.clip.truncated += truncated
 
     def share(self, value: T | None) -> T:
         """After `merge`: what the first process has, in all of them."""
