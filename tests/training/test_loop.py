@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import QUIET
 
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.errors import TrainingError
@@ -91,7 +92,7 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
 
         found = SimpleNamespace(task=task, saved=saved, exported=[], lines=[])
         with suppress(ConnectionError):
-            loop.train(recipe, task, engine, folder, batches, validate, export, lambda step, values: None)
+            loop.train(recipe, task, engine, folder, batches, validate, export, QUIET)
         found.lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         return found
 

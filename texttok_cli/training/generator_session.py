@@ -97,11 +97,8 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
                 dtype=DTYPES[recipe.training.weights],
             )
 
-    def on_step(step: int, values: dict[str, float]) -> None:
-        report.progress("training", step, recipe.schedule.steps, values)
-
     with engine.finishing(together=Interrupted):
-        train(recipe, task, engine, run, loader.batches, validate, export, on_step)
+        train(recipe, task, engine, run, loader.batches, validate, export, report)
     return run.model_path
 
 

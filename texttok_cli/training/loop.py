@@ -18,6 +18,7 @@ from texttok_cli.errors import BackendError, CheckpointError, TrainingError
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import lr_scale, set_lr
+from texttok_cli.training.report import Reporter
 from texttok_cli.training.run import RunFolder, optimizer_tensors
 
 MAX_ROLL_BACKS = 3  # without a newly saved state in between
@@ -52,7 +53,7 @@ def train(
     batches: Callable[[int], Iterator[Any]],
     validate: Callable[[int], dict[str, float]],
     export: Callable[[Path, int], None],
-    on_step: Callable[[int, dict[str, float]], None],
+    report: Reporter,
 ) -> None:
     """Train to the recipe's last step, from the newest state in the run folder, and write the model.
 
@@ -68,7 +69,7 @@ def train(
                 _validate(begin, validate, engine, run)
             if _exports(recipe, begin) and engine.any(engine.is_main and not run.model_at(begin).exists()):
                 export(run.model_at(begin), begin)
-            _steps(recipe, task, engine, run, batches(begin), begin, validate, export, on_step, stop)
+            _steps(recipe, task, engine, run, batches(begin), begin, validate, export, report, stop)
             export(run.model_path, recipe.schedule.steps)
     except torch.OutOfMemoryError:
         raise BackendError("out of GPU memory: go on with a higher training.accumulate or training.checkpointing=true") from None
@@ -103,7 +104,7 @@ def _steps(
     begin: int,
     validate: Callable[[int], dict[str, float]],
     export: Callable[[Path, int], None],
-    on_step: Callable[[int, dict[str, float]], None],
+    report: Reporter,
     stop: _StopSignal,
 ) -> None:
     cfg, steps = recipe.training, recipe.schedule.steps
@@ -117,7 +118,7 @@ def _steps(
             rate = clock.lap(done) * cfg.batch_size
             record = {"step": done, "images": done * cfg.batch_size, **engine.mean(values), "lr_scale": scale, "images_per_s": rate}
             _log(record, engine, run)
-        on_step(done, record)
+        report.progress("training", done, steps, record)
         rolling_back = task.guard.wants_roll_back
         if rolling_back:
             roll_backs += 1

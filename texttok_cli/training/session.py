@@ -98,12 +98,9 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
             task.set_latent_statistics(ordered(train_set, STATISTICS_IMAGES))
         task.export(path, history(recipe, step, None if start is None else start[1].sha256), latents_of, classes)
 
-    def on_step(step: int, values: dict[str, float]) -> None:
-        report.progress("training", step, recipe.schedule.steps, values)
-
     try:
         with engine.finishing(together=Interrupted):
-            train(recipe, task, engine, run, loader.batches, validate, export, on_step)
+            train(recipe, task, engine, run, loader.batches, validate, export, report)
     finally:
         for name, reason in loader.damaged.items():
             report.skipped(name, reason)
