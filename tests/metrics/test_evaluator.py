@@ -11,7 +11,7 @@ from drawn import DIM, Drawn, FakeClip, FakeInception
 from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, _in_package
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, UsageError
 from texttok_cli.files import sha256_file
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics import evaluator as evaluator_module
@@ -222,9 +222,9 @@ def test_too_few_images_are_one_line(fake: None) -> None:
 
 
 def test_unknown_metrics_are_named() -> None:
-    with pytest.raises(DataError, match=r"fidd: no such metric; there are fid, rfid"):
+    with pytest.raises(UsageError, match=r"fidd: no such metric; there are fid, rfid"):
         check_names(["psnr", "fidd"])
-    with pytest.raises(DataError, match="LPIPS has two networks: lpips-alex or lpips-vgg"):
+    with pytest.raises(UsageError, match="LPIPS has two networks: lpips-alex or lpips-vgg"):
         check_names(["lpips"])
 
 

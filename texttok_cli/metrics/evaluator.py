@@ -49,7 +49,7 @@ class Evaluator:
     """The networks that some metrics need, and what they have seen so far.
 
     `given` are statistics of the references, which then need not be seen; `keep` names what is wanted of the samples even
-    if no metric needs it. Raises DataError for an unknown metric, BackendError if a network's weights are not available.
+    if no metric needs it. Raises UsageError for an unknown metric, BackendError if a network's weights are not available.
     """
 
     def __init__(
