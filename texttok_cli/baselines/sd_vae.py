@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,12 @@ class SDVAE(Baseline):
     """
 
     def __init__(self, name: str, where: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError:
-            raise BackendError(f"{name}: diffusers is not installed: pip install diffusers") from None
+        kind = _autoencoder_kl(name)
         folder = Path(where) if Path(where).is_dir() else _from_hub(where, offline=is_offline(offline))
         if not all((folder / file).is_file() for file in FILES):
             raise CheckpointError(f"{where}: the folder needs {' and '.join(FILES)}")
         try:
-            self.model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+            self.model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError) as err:
             raise CheckpointError(f"{where}: not a diffusers AutoencoderKL ({type(err).__name__})") from None
         self.device = torch.device(device)
@@ -59,6 +57,15 @@ class SDVAE(Baseline):
             return to_uint8(self.model.decode(z.to(self.device)).sample.float()).cpu()
 
 
+def _autoencoder_kl(name: str) -> Any:
+    """The class of the network that `name` is."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise BackendError(f"{name}: diffusers is not installed: pip install diffusers") from None
+    return AutoencoderKL
+
+
 def _from_hub(repo: str, *, offline: bool) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -75,11 +82,7 @@ def untrained_sd_vae() -> torch.nn.Module:
 
     Raises BackendError if diffusers is not installed.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise BackendError("SD-VAE-f8: diffusers is not installed: pip install diffusers") from None
-    model = AutoencoderKL(
+    model = _autoencoder_kl("SD-VAE-f8")(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
