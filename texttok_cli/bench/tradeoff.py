@@ -30,8 +30,7 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def _texts(value: Any) -> Any:
-    return [str(entry) for entry in _listed(value)]
+Guidance = Annotated[str, Field(coerce_numbers_to_str=True)]  # cfg: 1.5 is a number of YAML's
 
 
 class Series(Config):
@@ -46,8 +45,8 @@ class Series(Config):
     labels: Labels = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
     steps: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_listed), Field(min_length=1)]
-    sampler: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
-    cfg: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]  # as `texttok sample --cfg`
+    sampler: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+    cfg: Annotated[list[Guidance], BeforeValidator(_listed), Field(min_length=1)]  # as `texttok sample --cfg`
 
 
 class Spec(Config):
