@@ -39,9 +39,9 @@ class MiniLM(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Token ids and mask of real ones (B, T) -> states of the last layer (B, T, C)."""
         keys = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
-        places = self._get("embeddings.position_embeddings.weight")[: ids.shape[1]]
+        positions = self._get("embeddings.position_embeddings.weight")[: ids.shape[1]]
         segment = self._get("embeddings.token_type_embeddings.weight")[0]
-        x = self._norm("embeddings.LayerNorm", F.embedding(ids, self._get("embeddings.word_embeddings.weight")) + segment + places)
+        x = self._norm("embeddings.LayerNorm", F.embedding(ids, self._get("embeddings.word_embeddings.weight")) + segment + positions)
         for layer in range(self.layers):
             name = f"encoder.layer.{layer}"
             x = self._norm(f"{name}.attention.output.LayerNorm", x + self._attention(f"{name}.attention", x, keys))
