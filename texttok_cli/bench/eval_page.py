@@ -60,18 +60,14 @@ def eval_page(names: Sequence[str], reports: Sequence[Report], examples: Sequenc
 
 
 def _numbers(names: Sequence[str], reports: Sequence[Report], rows: Sequence[MetricComparison]) -> Html:
-    header = ["", "tokens", *(row.metric + (" (differs)" if row.unlike else "") for row in rows), "n", "text"]
-    columns = [[_number(result) for result in row.results] for row in rows]
+    header = ["", "tokens", *(row.title for row in rows), "n", "text"]
+    columns = [row.cells for row in rows]
     body = []
     for place, (name, report) in enumerate(zip(names, reports, strict=True)):
         card = report.results[0].card
         text = card.text or ("" if card.tokens is None else "none")
         body.append([name, _tokens(card), *(column[place] for column in columns), f"{card.n:,}", text])
     return table(header, body)
-
-
-def _number(result: Result | None) -> str:
-    return "" if result is None else result.readable()
 
 
 def _tokens(card: Card) -> str:

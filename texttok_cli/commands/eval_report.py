@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ def finish(
     as_json: bool,
 ) -> None:
     """Print the report, and write the files that were asked for."""
+    from texttok_cli.console import emit
     from texttok_cli.metrics.report import by_samples, save_report
 
     print_report(report, [one.subject for one in passes], quiet=quiet, as_json=as_json)  # first: no number is lost with a file
@@ -42,7 +43,9 @@ def finish(
 
         reports = by_samples(report)
         write_page(html, list(map(_name, reports)), reports, pick_examples(passes, each=gallery))
-    print_written({"out": out, "html": html}, as_json=as_json)
+    written = {name: str(path) for name, path in (("out", out), ("html", html)) if path is not None}
+    if written and not as_json:  # JSON on stdout is the report alone
+        emit(written, as_json=False)
 
 
 def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as_json: bool) -> None:
@@ -65,15 +68,6 @@ def print_report(report: Report, subjects: Sequence[Subject], *, quiet: bool, as
         summary = {result.metric: result.readable() for result in report.results} | {"of": first.card["samples"]}
     summary |= {"against": first.card["reference"] or "no references", "images": len(first.measured.ids)}
     emit(summary, as_json=False)
-
-
-def print_written(files: Mapping[str, Path | None], *, as_json: bool) -> None:
-    """Which files were written, after the numbers; JSON on stdout is the report alone."""
-    from texttok_cli.console import emit
-
-    written = {name: str(path) for name, path in files.items() if path is not None}
-    if written and not as_json:
-        emit(written, as_json=False)
 
 
 def _save_statistics(path: Path, seen: Pass) -> None:
@@ -121,12 +115,7 @@ def print_table(names: Sequence[str], rows: Sequence[MetricComparison]) -> None:
     """A row for each metric, a column for each report."""
     from texttok_cli.console import print_columns
 
-    lines = [["", *names]]
-    for row in rows:
-        lines.append(
-            [row.metric + " (differs)" * bool(row.unlike), *("" if result is None else result.readable() for result in row.results)]
-        )
-    print_columns(lines)
+    print_columns([["", *names], *([row.title, *row.cells] for row in rows)])
 
 
 def write_page(path: Path, names: Sequence[str], reports: Sequence[Report], examples: Sequence[Example]) -> None:

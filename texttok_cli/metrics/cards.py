@@ -45,14 +45,13 @@ def results_of(subject: Subject, evaluator: Evaluator) -> list[Result]:
     results = []
     for name, (value, spread) in evaluator.compute().items():
         metric, card = METRICS[name], _card(name, subject, evaluator)
-        result = make_result(name, value, spread, card, enough=metric.enough, why=metric.why)
-        warnings = [*result.warnings, *_unlike_protocol(subject.card["protocol"], card, reference=metric.reference)]
+        warnings = _unlike_protocol(subject.card["protocol"], card, reference=metric.reference)
         warnings += _doubts(subject, reference=metric.reference)
         if card.captions_truncated:
             warnings.append(f"{card.captions_truncated:,} of {card.n:,} captions are longer than CLIP reads, so their end was cut off")
         if metric.in_order and subject.classes is not None and few_classes_a_block(subject.classes):
             warnings.append("the samples are sorted by class, so a block of 5,000 has few classes: too low; use is-shuffled")
-        results.append(result.model_copy(update={"warnings": warnings}))
+        results.append(make_result(name, value, spread, card, enough=metric.enough, why=metric.why, also=warnings))
     return results
 
 

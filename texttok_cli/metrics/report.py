@@ -103,8 +103,8 @@ class Report(Config):
     results: list[Result]
 
 
-def make_result(metric: str, value: float, spread: float | None, card: Card, *, enough: int, why: str) -> Result:
-    """A number with the warnings it needs: too few images, or not finite."""
+def make_result(metric: str, value: float, spread: float | None, card: Card, *, enough: int, why: str, also: Sequence[str] = ()) -> Result:
+    """A number with the warnings it needs: too few images, or not finite, and what else there is to say of it."""
     warnings = []
     sets = {"samples": card.n, "references": card.n_reference}
     small = [f"{n:,} {what}" for what, n in sets.items() if n is not None and n < enough]
@@ -112,7 +112,7 @@ def make_result(metric: str, value: float, spread: float | None, card: Card, *, 
         warnings.append(f"{' and '.join(small)}: {why}")
     if not math.isfinite(value):
         warnings.append("not finite: some images equal their originals" if value == math.inf else "not finite")
-    return Result(metric=metric, value=value if math.isfinite(value) else None, spread=spread, warnings=warnings, card=card)
+    return Result(metric=metric, value=value if math.isfinite(value) else None, spread=spread, warnings=[*warnings, *also], card=card)
 
 
 def versions() -> dict[str, str]:
@@ -152,6 +152,16 @@ class MetricComparison:
     metric: str
     results: list[Result | None]
     unlike: Mapping[str, list[object]]
+
+    @property
+    def title(self) -> str:
+        """The metric, and whether its numbers are unlike."""
+        return self.metric + (" (differs)" if self.unlike else "")
+
+    @property
+    def cells(self) -> list[str]:
+        """The numbers as a person reads them; empty for a report that has none."""
+        return ["" if result is None else result.readable() for result in self.results]
 
 
 @dataclass(frozen=True, slots=True)
