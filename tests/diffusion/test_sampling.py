@@ -52,7 +52,7 @@ def test_a_sample_is_the_same_in_any_batch(condition: dict, kind: str, sampler: 
     batch = draw(model, sampler=sampler)
     assert batch.shape == (4, 6, 4) and batch.isfinite().all()
     for i in range(4):
-        alone = {"class_ids": IDS[i : i + 1]} if condition is CLASSES else {"cond": COND[i : i + 1]}
+        alone = {"class_ids": IDS[i : i + 1]} if condition is CLASSES else {"cond": Condition(COND.tokens[i : i + 1], COND.mask[i : i + 1])}
         torch.testing.assert_close(draw(model, sampler=sampler, seeds=[7 + i], **alone), batch[i : i + 1], rtol=1e-4, atol=1e-4)
     assert (batch[0] - batch[2]).abs().max() > 1e-2  # the same class, another seed
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from texttok_cli.config.schema import ClassEmbedding, NoCondition, Placement, TokenizerConfig
+from texttok_cli.config.schema import ClassEmbedding, NoCondition, TokenizerConfig
 from texttok_cli.models.layers import Block, run_blocks
 
 
@@ -26,13 +26,9 @@ class Condition:
     tokens: Tensor
     mask: Tensor | None = None
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
-        """The same condition on another device and, where given, with tokens of another float type."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return Condition(self.tokens.to(device=device, dtype=dtype), mask)
-
-    def __getitem__(self, index: slice | Tensor) -> Condition:
-        return Condition(self.tokens[index], None if self.mask is None else self.mask[index])
+    def to(self, device: torch.device | str) -> Condition:
+        """The same condition on another device."""
+        return Condition(self.tokens.to(device), None if self.mask is None else self.mask.to(device))
 
 
 class ConditionProjection(nn.Module):
@@ -54,25 +50,16 @@ class ConditionProjection(nn.Module):
         return Condition(self.proj(tokens), cond.mask)
 
 
-def condition_width(cfg: TokenizerConfig) -> int | None:
-    """Width C of the condition that a tokenizer of this config takes; None for the baseline without one."""
-    source = cfg.condition
-    if isinstance(source, NoCondition):
-        return None
-    if isinstance(source, ClassEmbedding):
-        return cfg.backbone.width
-    return source.encoder.dim
-
-
 class ConditionedTransformer(nn.Module):
     """One half's ViT, and the only place that decides how a condition enters it and whether it does (Table 4c, 4d)."""
 
     def __init__(self, cfg: TokenizerConfig, half: Literal["tokenizer", "detokenizer"]) -> None:
         super().__init__()
         backbone, cond = cfg.backbone, cfg.condition
-        cond_dim = condition_width(cfg) if isinstance(cond, Placement) and cond.where in ("both", half) else None
-        cross = cond_dim is not None and isinstance(cond, Placement) and cond.mode == "cross_attention"
-        self.project = None if cond_dim is None else ConditionProjection(cond_dim, backbone.width)
+        self.project, cross = None, False
+        if not isinstance(cond, NoCondition) and cond.where in ("both", half):
+            cond_dim = backbone.width if isinstance(cond, ClassEmbedding) else cond.encoder.dim
+            self.project, cross = ConditionProjection(cond_dim, backbone.width), cond.mode == "cross_attention"
         self.in_context = not cross
         self.blocks = nn.ModuleList(Block(backbone, cross=cross) for _ in range(backbone.depth))
         self.norm = nn.LayerNorm(backbone.width)
@@ -85,8 +72,7 @@ class ConditionedTransformer(nn.Module):
         """
         mask = text = text_mask = None
         if self.project is not None:
-            if cond is None:
-                raise ValueError("this model is conditioned: it needs a condition")
+            assert cond is not None  # TexTok has checked it
             projected = self.project(cond)
             if self.in_context:
                 mask = _extend_mask(projected.mask, x)
