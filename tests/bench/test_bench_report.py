@@ -157,7 +157,7 @@ def rfid(samples: str, value: float, **card: Any) -> Result:
 
 
 def test_models_named_as_the_recipes_are_make_a_curve() -> None:
-    values = {"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0}
+    values = {"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0, "texttok-²-128": 2.0}
     found = rfid_by_tokens([rfid(name, value) for name, value in values.items()])
     assert found == {"texttok, 128 px": {32: [9.0], 64: [7.0]}, "baseline, 128 px": {32: [10.0]}}
 

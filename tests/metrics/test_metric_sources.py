@@ -10,9 +10,10 @@ import pytest
 import torch
 from gaussians import gaussian_of
 
-from texttok_cli.data import open_dataset
+from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.errors import DataError
 from texttok_cli.metrics import sources
+from texttok_cli.metrics.pairs import by_number
 from texttok_cli.metrics.sources import FileImages, NpzImages, TensorImages, read_npz_reference, write_statistics, writing_npz
 
 Draw = Callable[..., Path]
@@ -47,6 +48,19 @@ def test_a_written_batch_is_numpys(tmp_path: Path) -> None:
         write(images[:2])
         write(images[2:])
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], batch())
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["10.png", "9.png", "02.jpg"], ["02.jpg", "9.png", "10.png"]),
+        (["10.png", "9.png", "a.png"], None),
+        (["10.png", "9.png", "².png"], None),
+    ],
+)
+def test_images_go_by_number_where_all_names_are_numbers(names: list[str], ordered: list[str] | None) -> None:
+    dataset = Dataset([Item(name, name) for name in names])
+    assert [item.id for item in by_number(dataset).items] == (ordered or names)
 
 
 @pytest.mark.parametrize("array", [batch()[:0], batch().astype(np.float32), batch()[..., :1], batch()[:, :4], np.asfortranarray(batch())])

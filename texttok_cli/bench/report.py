@@ -252,7 +252,7 @@ def rfid_by_tokens(results: Sequence[Result]) -> Curves:
     for name, _, how, value in once:
         kind, _, rest = name.partition("-")
         tokens, _, size = rest.partition("-")
-        if tokens.isdigit() and size.isdigit() and value is not None:
+        if tokens.isdecimal() and size.isdecimal() and value is not None:
             kinds.setdefault(f"{kind}, {size} px", {}).setdefault(how, {}).setdefault(int(tokens), []).append(value)
     curves: Curves = {}
     for kind, ways in kinds.items():

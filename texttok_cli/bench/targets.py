@@ -36,7 +36,7 @@ from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Timer, median_ratio
 from texttok_cli.bench.training import bare_step, loader_work, timed_recipe, training_step
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.data import SAMPLE_SET, open_dataset
+from texttok_cli.data import SAMPLE_SET, Dataset, open_dataset
 from texttok_cli.diffusion import Guidance, Sampling
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.evaluator import Evaluator, Work
@@ -208,7 +208,7 @@ def _step_over_bare(task: Task, name: str, batch: int) -> tuple[float, float]:
 def _evaluation(task: Task) -> Iterator[Target]:
     """Features, statistics, and the distance."""
     dataset = open_dataset([SAMPLE_SET])
-    images = FileImages(type(dataset)(dataset.items[:EVALUATED]), crop_to=SAMPLE_SIDE)
+    images = FileImages(Dataset(dataset.items[:EVALUATED]), crop_to=SAMPLE_SIDE)
     evaluator = Evaluator(["fid"], device=task.where.device, offline=True)
     network = evaluator.inception
     assert isinstance(network, FidInception)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from operator import itemgetter
 from pathlib import PurePosixPath
 
 from texttok_cli.data import Dataset
@@ -23,16 +22,14 @@ def match_by_name(references: Dataset, samples: Images) -> Dataset:
     unmatched = [sample_id for sample_id in samples.ids if _stem(sample_id) not in by_name]
     if unmatched:
         raise DataError(f"{unmatched[0]}: no reference with that name ({len(unmatched):,} of {len(samples.ids):,} samples have none)")
-    return type(references)([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
+    return Dataset([by_name[_stem(sample_id)] for sample_id in samples.ids], references.skipped)
 
 
 def by_number(images: Dataset) -> Dataset:
     """Images whose others have only positions: by their numbers where all names are numbers (10 after 9), else as sorted."""
-    stems = [_stem(item.id) for item in images.items]
-    if not all(stem.isdigit() for stem in stems):
+    if not all(_stem(item.id).isdecimal() for item in images.items):  # ² is a digit, but `int` reads none
         return images
-    items = [item for _, item in sorted(zip(map(int, stems), images.items, strict=True), key=itemgetter(0))]
-    return type(images)(items, images.skipped)
+    return Dataset(sorted(images.items, key=lambda item: int(_stem(item.id))), images.skipped)
 
 
 def check_pairs(samples: Images | None, references: Images | None, ref: str | None) -> None:
