@@ -34,19 +34,16 @@ def encoder() -> HashEncoder:
     return HashEncoder(CONFIG)
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8)])
-def test_it_answers_as_the_encoder_to_the_storage_types_rounding(
-    storage: corpus_module.Storage, tolerance: float, encoder: HashEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_answers_as_the_encoder_to_fp16s_rounding(encoder: HashEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "BATCH", 8)
-    embedded = embed_corpus(encoder, [*TEXTS, *TEXTS], tmp_path, storage=storage)
+    embedded = embed_corpus(encoder, [*TEXTS, *TEXTS], tmp_path)
     assert len(embedded._index) == len(TEXTS)  # each once
     for batch in (TEXTS[5:9], [""], ["", TEXTS[8], ""]):
         ours, reference = embedded(batch), encoder(batch)
         assert (ours.mask is None) == (reference.mask is None)
         assert ours.mask is None or reference.mask is None or torch.equal(ours.mask, reference.mask)
         assert ours.tokens.dtype == torch.float32
-        torch.testing.assert_close(ours.tokens, reference.tokens, rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(ours.tokens, reference.tokens, rtol=2**-11, atol=1e-6)
 
 
 def test_made_once_and_then_only_read(encoder: HashEncoder, tmp_path: Path) -> None:
@@ -78,12 +75,6 @@ def test_another_encoders_folder_is_stale(update: dict[str, int], encoder: HashE
     embed_corpus(encoder, TEXTS, tmp_path)
     with pytest.raises(DataError, match=r"stale cache.*delete"):
         embed_corpus(HashEncoder(CONFIG.model_copy(update=update)), TEXTS, tmp_path)
-
-
-def test_another_storage_type_is_stale(encoder: HashEncoder, tmp_path: Path) -> None:
-    embed_corpus(encoder, TEXTS, tmp_path)
-    with pytest.raises(DataError, match="stale cache"):
-        embed_corpus(encoder, TEXTS, tmp_path, storage="bf16")
 
 
 def test_a_damaged_part_is_named(encoder: HashEncoder, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The embeddings of a training set's captions on disk: made once, in parts, and memory-mapped when read.
 
-A folder belongs to one encoder (its fingerprint) and one storage type. Every part is a safetensors file with the states
+A folder belongs to one encoder (its fingerprint). Every part is a safetensors file with the states
 of n texts one after the other: `tokens` (sum T, C), `offsets` (n+1,) into them, `texts` (n, 32) the texts' sha256.
 A part is written whole or not at all and named by what it holds, so an interrupted run goes on where it stopped, and
 captions that come later are added.
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,15 +27,12 @@ FORMAT = 1
 HASH_BYTES = 32
 BATCH = 64  # texts encoded at once
 PART_BYTES = 64 * 2**20  # written at once, so at most this much is lost by an interruption: about ten seconds of encoding
-# fp16 is the default: its mantissa has three more bits than bf16's, and states after a final norm are far below its maximum, 65,504.
-STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16}
-Storage = Literal["fp16", "bf16"]
 
 
 class CorpusEmbeddings:
     """Token states of the texts in a folder that `embed_corpus` wrote; called as the encoder is.
 
-    `header` is what every part must have in its own header: format, encoder, precision and storage type. `max_tokens` is the
+    `header` is what every part must have in its own header: format, encoder, precision and dtype. `max_tokens` is the
     encoder's longest text, and the most that a batch is padded to. Raises DataError for a part that `add_part` refuses.
     """
 
@@ -80,15 +77,14 @@ def embed_corpus(
     folder: Path,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    storage: Storage = "fp16",
 ) -> CorpusEmbeddings:
     """Embed every different text into `folder`, unless it is there already, and open the folder.
 
     `on_progress(done, total)` counts different texts, after every batch. Interrupted, it goes on where it stopped. Raises
-    DataError if the folder holds embeddings of another encoder or storage type, or damaged ones.
+    DataError if the folder holds embeddings of another encoder, or damaged ones.
     """
     header = {"format": FORMAT, "kind": "text embeddings", "encoder": encoder.fingerprint, "precision": encoder.config.precision}
-    corpus = CorpusEmbeddings(folder, max_tokens=encoder.max_tokens, header=header | {"dtype": storage})
+    corpus = CorpusEmbeddings(folder, max_tokens=encoder.max_tokens, header=header | {"dtype": "fp16"})
     unique = list(dict.fromkeys(texts))
     missing = [text for text in unique if text not in corpus]
     done = len(unique) - len(missing)
@@ -96,7 +92,7 @@ def embed_corpus(
     states: list[Tensor] = []
     for batch in _batches(encoder, missing):
         names += batch
-        states += [_stored(state, storage, folder) for state in unpad(encoder(batch))]
+        states += [_stored(state, folder) for state in unpad(encoder(batch))]
         done += len(batch)
         if sum(state.nbytes for state in states) >= PART_BYTES or done == len(unique):
             corpus.add_part(_write_part(folder, names, states, corpus.header))
@@ -121,10 +117,11 @@ def _batches(encoder: TextEncoder, texts: list[str]) -> Iterator[list[str]]:
         yield [texts[i] for i in order[start : start + BATCH]]
 
 
-def _stored(state: Tensor, storage: Storage, folder: Path) -> Tensor:
-    stored = state.to("cpu", STORAGE[storage])
+def _stored(state: Tensor, folder: Path) -> Tensor:
+    """In fp16, whose mantissa has three more bits than bf16's; states after a final norm are far below its maximum, 65,504."""
+    stored = state.to("cpu", torch.float16)
     if not stored.isfinite().all():
-        raise DataError(f"{folder}: token states do not fit into {storage}: set training.text_cache=false")
+        raise DataError(f"{folder}: token states do not fit into fp16: set training.text_cache=false")
     return stored
 
 
