@@ -29,7 +29,7 @@ def inception_score_adm(logits: Tensor, *, block: int = ADM_IS_BLOCK) -> tuple[f
 
 def inception_score_permuted(logits: Tensor, *, block: int = ADM_IS_BLOCK) -> tuple[float, float]:
     """ADM's blocks of a fixed permutation: for images that lie in an order of their own, as those of a data set."""
-    return inception_score_adm(_permuted(logits, IS_SEED), block=block)
+    return inception_score_adm(_permuted(logits), block=block)
 
 
 def few_classes_a_block(classes: Sequence[Hashable], *, block: int = ADM_IS_BLOCK) -> bool:
@@ -39,21 +39,21 @@ def few_classes_a_block(classes: Sequence[Hashable], *, block: int = ADM_IS_BLOC
     return any(2 * len(set(part)) < sum(1 - (1 - count / n) ** len(part) for count in counts) for part in blocks)
 
 
-def inception_score_shuffled(logits: Tensor, *, splits: int = IS_SPLITS, seed: int = IS_SEED) -> tuple[float, float]:
-    """torch-fidelity's rule: mean and spread of the scores of `splits` parts of a fixed permutation (NumPy's legacy generator).
+def inception_score_shuffled(logits: Tensor) -> tuple[float, float]:
+    """torch-fidelity's rule: mean and spread of the scores of IS_SPLITS parts of a fixed permutation (NumPy's legacy generator).
 
     ValueError for fewer samples than parts.
     """
     n = len(logits)
-    if n < splits:
-        raise ValueError(f"{n} samples can't be split into {splits} parts")
-    shuffled = _permuted(logits, seed).double()
-    return _mean_and_spread(_block_score(shuffled[i * n // splits : (i + 1) * n // splits]) for i in range(splits))
+    if n < IS_SPLITS:
+        raise ValueError(f"{n} samples can't be split into {IS_SPLITS} parts")
+    shuffled = _permuted(logits).double()
+    return _mean_and_spread(_block_score(shuffled[i * n // IS_SPLITS : (i + 1) * n // IS_SPLITS]) for i in range(IS_SPLITS))
 
 
-def _permuted(logits: Tensor, seed: int) -> Tensor:
+def _permuted(logits: Tensor) -> Tensor:
     """The rows in an order that is the same for the same number of them (NumPy's legacy generator)."""
-    return logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
+    return logits[torch.from_numpy(np.random.RandomState(IS_SEED).permutation(len(logits)))]
 
 
 def _block_score(logits: Tensor) -> Tensor:
@@ -64,16 +64,14 @@ def _block_score(logits: Tensor) -> Tensor:
     return score
 
 
-def kid(
-    samples: Tensor, references: Tensor, *, subset_size: int = KID_SUBSET_SIZE, subsets: int = KID_SUBSETS, seed: int = 0
-) -> tuple[float, float]:
+def kid(samples: Tensor, references: Tensor, *, subset_size: int = KID_SUBSET_SIZE, subsets: int = KID_SUBSETS) -> tuple[float, float]:
     """Kernel Inception distance (Binkowski et al., 2018): mean and spread of the unbiased MMD^2 of random subsets.
 
     Features (n, D) and (m, D), kernel (x.y / D + 1)^3. ValueError for fewer images than a subset has.
     """
     if min(len(samples), len(references)) < subset_size:
         raise ValueError(f"subsets of {subset_size} images can't be drawn from {min(len(samples), len(references))}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def drawn(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:subset_size]].double()
@@ -94,31 +92,31 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
     return (without_diagonal(kernel(x, x)) + without_diagonal(kernel(y, y))) / (m * (m - 1)) - 2 * kernel(x, y).mean()
 
 
-def precision_recall(samples: Tensor, references: Tensor, *, neighbours: int = NEIGHBOURS, block: int = 2048) -> tuple[float, float]:
+def precision_recall(samples: Tensor, references: Tensor, *, block: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019) of features (n, D) and (m, D).
 
     Precision: the share of samples that lie within a ball of the references, recall the reverse; a ball reaches to its
     centre's k-th nearest neighbour, itself not counted. Distances of `block` x `block` pairs are in memory at a time.
-    ValueError for sets of no more than `neighbours` images.
+    ValueError for sets of no more than NEIGHBOURS images.
     """
-    if min(len(samples), len(references)) <= neighbours:
-        raise ValueError(f"{neighbours} neighbours can't be found among {min(len(samples), len(references))} images")
+    if min(len(samples), len(references)) <= NEIGHBOURS:
+        raise ValueError(f"{NEIGHBOURS} neighbours can't be found among {min(len(samples), len(references))} images")
     # About a common point: the squares of distances are differences of squares, which large means would blur.
     centre = references.mean(dim=0, keepdim=True)
     samples, references = samples.float() - centre, references.float() - centre
-    sample_balls = _radii(samples, neighbours, block)
-    reference_balls = _radii(references, neighbours, block)
+    sample_balls = _radii(samples, block)
+    reference_balls = _radii(references, block)
     return _covered(samples, references, reference_balls, block), _covered(references, samples, sample_balls, block)
 
 
-def _radii(centres: Tensor, neighbours: int, block: int) -> Tensor:
+def _radii(centres: Tensor, block: int) -> Tensor:
     """Distance (m,) of each centre to its k-th nearest other one."""
     radii = []
     for rows in torch.split(centres, block):
         nearest = torch.empty(len(rows), 0)
         for columns in torch.split(centres, block):  # itself is among them, at distance 0: the k + 1 nearest are kept
             found = torch.cat([nearest, torch.cdist(rows, columns).cpu()], dim=1)
-            nearest = found.topk(min(neighbours + 1, found.shape[1]), dim=1, largest=False).values
+            nearest = found.topk(min(NEIGHBOURS + 1, found.shape[1]), dim=1, largest=False).values
         radii.append(nearest.amax(dim=1))
     return torch.cat(radii)
 
