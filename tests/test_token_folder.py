@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tokens import MODEL, make, make_codes
+from tiny_tokens import MODEL, concatenate, make, make_codes
 
 from texttok_cli import token_folder as module
 from texttok_cli.errors import TokenFileError
 from texttok_cli.token_folder import Statistics, TokenFolder, read_index, read_shards
-from texttok_cli.tokens import Tokens, concatenate, load_tokens, select
+from texttok_cli.tokens import Tokens, load_tokens, select
 
 
 def open_folder(path: Path, **changes: Any) -> TokenFolder:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tokens import MEAN, STD, make, make_codes
+from tiny_tokens import MEAN, STD, concatenate, make, make_codes
 
 from texttok_cli.errors import TokenFileError
 from texttok_cli.files import load_safetensors, save_safetensors
-from texttok_cli.tokens import Tokens, code_dtype, concatenate, load_token_header, load_tokens, save_tokens, select
+from texttok_cli.tokens import Tokens, code_dtype, load_token_header, load_tokens, save_tokens, select
 
 
 @pytest.mark.parametrize("captions", [None, ["", "a dog"]])

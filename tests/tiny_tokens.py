@@ -1,10 +1,11 @@
 """Tokens of a model that there is not, for tests of the files that hold them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from texttok_cli.tokens import TokenHeader, Tokens
+from texttok_cli.tokens import TokenHeader, Tokens, joined
 
 MODEL = "ab" * 32
 MEAN, STD = [0.5, -1.0, 0.0], [1.0, 0.25, 2.0]
@@ -35,3 +36,8 @@ def make_codes(n: int = 2, *, codes: int = 1000, dtype: str = "int16") -> Tokens
     z = torch.randint(codes, (n, 4), generator=torch.Generator().manual_seed(0))
     z[0, :2] = torch.tensor([0, codes - 1])
     return Tokens(z, make(n).header.model_copy(update={"dtype": dtype, "codes": codes}))
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """Tokens of one model and dtype, one after the other."""
+    return Tokens(torch.cat([part.z for part in parts]), joined([part.header for part in parts]))

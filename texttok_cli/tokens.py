@@ -186,11 +186,6 @@ def _check_finite(path: Path, z: Tensor, ids: Sequence[str]) -> None:
         raise TokenFileError(f"{path}: the tokens of {ids[int(bad[0])]} hold a value that is not finite or too large for the dtype")
 
 
-def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """Tokens of one model and dtype, one after the other."""
-    return Tokens(torch.cat([part.z for part in parts]), joined([part.header for part in parts]))
-
-
 def select(tokens: Tokens, chosen: Sequence[int]) -> Tokens:
     """Some of the images, by index."""
     columns = {name: [getattr(tokens.header, name)[i] for i in chosen] for name in _columns(tokens.header)}

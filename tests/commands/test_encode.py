@@ -14,13 +14,14 @@ import pytest
 import torch
 from one_line import one_line
 from PIL import Image
+from tiny_tokens import concatenate
 
 from texttok_cli import inference
 from texttok_cli.errors import DataError
 from texttok_cli.files import alone_in, sha256_file
 from texttok_cli.inference import Tokenizer, load_tokenizer
 from texttok_cli.token_folder import read_index, read_shards
-from texttok_cli.tokens import concatenate, load_tokens
+from texttok_cli.tokens import load_tokens
 
 Run = Callable[..., Any]
 WAIT = "wait until it has ended, or choose another -o"
