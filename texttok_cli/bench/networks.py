@@ -16,6 +16,7 @@ from texttok_cli.bench.machine import free_memory
 from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
+from texttok_cli.models.devices import without_weights
 from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 
@@ -100,7 +101,7 @@ def text_states(cfg: TokenizerConfig, batch: int, where: Where) -> Condition | N
 
 def weights_bytes(build: Callable[[], nn.Module], element: int) -> int:
     """Bytes of a network's weights, without allocating them."""
-    with torch.device("meta"):
+    with without_weights():
         return sum(p.numel() for p in build().parameters()) * element
 
 
@@ -124,7 +125,7 @@ def check_fits(needed: float, device: torch.device) -> None:
 def materialize(build: Callable[[], Network], where: Where, precision: Precision = "fp32") -> Network:
     """A network for inference on the device, its weights and buffers random, in values that repeat: drawing gigabytes takes longer
     than timing them."""
-    with torch.device("meta"):
+    with without_weights():
         network = in_precision(build(), precision)  # never as large as in fp32
     network.to_empty(device=where.device)
     for tensor in [*network.parameters(), *network.buffers()]:

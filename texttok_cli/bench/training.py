@@ -184,6 +184,5 @@ def _generator_loss(recipe: GeneratorRecipe, where: Where) -> tuple[DiT, Callabl
 def _random_latents(recipe: GeneratorRecipe, count: int, where: Where) -> tuple[Tensor, Tensor]:
     """Standardised latents (count, ...) on the CPU, and their classes (count,)."""
     assert isinstance(recipe.model.condition, ClassLabels)
-    with torch.device("meta"):
-        shape = DiT(recipe.model).latent_shape
-    return torch.randn(count, *shape), torch.randint(0, recipe.model.condition.num_classes, (count,), device=where.device)
+    z = torch.randn(count, *recipe.model.latents.shape)
+    return z, torch.randint(0, recipe.model.condition.num_classes, (count,), device=where.device)
