@@ -57,11 +57,7 @@ def main() -> None:
 
 def batches(inputs: str) -> Iterator[Tensor]:
     """The images of a data set, uint8 (B, 3, 128, 128)."""
-
-    def refuse(image_id: str, reason: str) -> None:
-        raise SystemExit(f"{image_id}: {reason}")
-
-    for batch in eval_batches(open_dataset([inputs]), image_size=SIZE, batch_size=256, on_error=refuse):
+    for batch in eval_batches(open_dataset([inputs]), image_size=SIZE, batch_size=256):
         yield batch.images
 
 

@@ -213,11 +213,12 @@ def eval_batches(
     *,
     image_size: int,
     batch_size: int,
-    on_error: Callable[[str, str], None],
+    on_error: Callable[[str, str], None] | None = None,
     indices: Sequence[int] | None = None,
     wanted: Callable[[int, str], bool] | None = None,
 ) -> Iterator[EvalBatch]:
     """One pass in order, over all items or those `indices`; unreadable images go to `on_error(id, reason)` and are left out.
+    Without it the DataError of the first is raised.
 
     `wanted(index, sha256)` may decline an image by its bytes before it is decoded. Files are read and decoded on
     `decoding_threads()` threads, at most two batches ahead.
@@ -244,6 +245,8 @@ def eval_batches(
             pending.extend((i, pool.submit(load, i)) for i in islice(todo, 1))
             loaded = future.result()
             if isinstance(loaded, DataError):
+                if on_error is None:
+                    raise loaded
                 item_id = dataset.items[index].id
                 on_error(item_id, str(loaded).removeprefix(f"{item_id}: "))
             elif loaded is not None:
