@@ -215,6 +215,11 @@ def read_json_object(path: Path, *, kind: str, error: type[TextTokError]) -> dic
     return value
 
 
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, without it: a part's own state out of a flat one."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def parse_header(
     header: Mapping[str, Any], schema: type[Schema], *, key: str, version: int, path: Path, error: type[TextTokError]
 ) -> Schema:

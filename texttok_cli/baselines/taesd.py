@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from texttok_cli.assets import load_torch_weights
 from texttok_cli.baselines.base import Baseline, BaselineInfo
 from texttok_cli.errors import CheckpointError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import below, sha256_file
 from texttok_cli.models.layers import exact_convolutions
 
 HALVES = ("encoder", "decoder")
@@ -105,8 +105,7 @@ def _decoder(channels: int, *, pool: bool) -> nn.Sequential:
 
 def _halves(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """A file of both halves, taken apart."""
-    prefixes = [f"{half}.layers." for half in HALVES]
-    return [_numbered({name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}) for prefix in prefixes]
+    return [_numbered(below(tensors, f"{half}.layers.")) for half in HALVES]
 
 
 def _numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from texttok_cli.errors import DataError
+from texttok_cli.files import below
 from texttok_cli.metrics.inception import POOL_DIM, SPATIAL_DIM, Features
 from texttok_cli.metrics.statistics import Gaussian, RunningGaussian
 
@@ -100,7 +101,7 @@ class Side:
         """Go on from a saved state."""
         self.n = int(state["n"])
         for name, part in self._parts().items():
-            part.load(_below(state, name))
+            part.load(below(state, f"{name}/"))
 
     def _parts(self) -> dict[str, RunningGaussian | Rows]:
         return {**self.sums, **self.rows}
@@ -137,7 +138,7 @@ class Evidence:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved state."""
         for name, part in self._parts().items():
-            part.load(_below(state, name))
+            part.load(below(state, f"{name}/"))
 
     def _parts(self) -> dict[str, Side | Rows]:
         return {"samples": self.samples, **({} if self.borrowed else {"references": self.references}), **self.by_image}
@@ -145,7 +146,3 @@ class Evidence:
 
 def _prefixed(parts: Mapping[str, RunningGaussian | Rows | Side]) -> dict[str, Tensor]:
     return {f"{name}/{key}": tensor for name, part in parts.items() for key, tensor in part.state().items()}
-
-
-def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in state.items() if key.startswith(f"{name}/")}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from texttok_cli.config.recipe import AdversarialLoss
 from texttok_cli.errors import RecipeError
+from texttok_cli.files import below
 from texttok_cli.losses import LeCam, discriminator_loss, generator_loss, r1_penalty
 from texttok_cli.models.discriminator import Discriminator
 from texttok_cli.training.engine import Engine
@@ -88,4 +89,4 @@ class Adversary:
         """The inverse of `state`."""
         modules: tuple[tuple[str, nn.Module], ...] = (("discriminator.", self.discriminator), ("lecam.", self.lecam))
         for prefix, module in modules:
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            module.load_state_dict(below(tensors, prefix))

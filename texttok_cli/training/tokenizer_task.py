@@ -16,6 +16,7 @@ from texttok_cli.config.recipe import TokenizerRecipe
 from texttok_cli.config.schema import VQBottleneck
 from texttok_cli.data import Batch, normalize, to_uint8
 from texttok_cli.errors import DataError
+from texttok_cli.files import below
 from texttok_cli.losses import adaptive_weight, l2
 from texttok_cli.metrics.image import psnr, ssim
 from texttok_cli.metrics.inception import POOL_DIM, FidInception
@@ -206,7 +207,7 @@ class TokenizerTask:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            module.load_state_dict(below(tensors, prefix))
         self.guard.load_state(tensors)
         if self.adversary is not None:
             self.adversary.load_state(tensors)
