@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -156,18 +156,20 @@ class _References:
             return self.given
         if size not in self.by_size:
             images = FileImages(self.dataset, crop_to=size)
-            running = RunningGaussian(POOL_DIM)
-            for _, batch in images.batches(range(len(images.ids)), 32):
-                running.update(self.network(batch.to(self.device)).pool)
-            self.by_size[size] = running.gaussian()
+            self.by_size[size] = _statistics(self.network, self.device, images.batches(range(len(images.ids)), 32))
         return self.by_size[size]
 
 
 def _score(network: FidInception, device: torch.device, reference: Gaussian) -> Score:
     def fid(batches: Iterator[tuple[Sequence[int], Tensor]]) -> float:
-        running = RunningGaussian(POOL_DIM)
-        for _, images in batches:
-            running.update(network(images.to(device)).pool)
-        return frechet_distance(running.gaussian(), reference)
+        return frechet_distance(_statistics(network, device, batches), reference)
 
     return fid
+
+
+def _statistics(network: FidInception, device: torch.device, batches: Iterable[tuple[object, Tensor]]) -> Gaussian:
+    """Of the features of numbered images."""
+    running = RunningGaussian(POOL_DIM)
+    for _, images in batches:
+        running.update(network(images.to(device)).pool)
+    return running.gaussian()
