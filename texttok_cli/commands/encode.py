@@ -88,7 +88,7 @@ def encode(
             bar.advance(task)
 
         def wanted(index: int, sha256: str) -> bool:
-            there = job.has(index, dataset.items[index], sha256, None if texts is None else texts[index])
+            there = job.has(index, sha256, None if texts is None else texts[index])
             if there:
                 bar.advance(task)
             return not there

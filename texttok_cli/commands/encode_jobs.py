@@ -11,7 +11,7 @@ from texttok_cli.token_folder import writing
 from texttok_cli.tokens import load_token_header, save_tokens, select
 
 if TYPE_CHECKING:
-    from texttok_cli.data import Dataset, Item
+    from texttok_cli.data import Dataset
     from texttok_cli.inference import Tokenizer
     from texttok_cli.tokens import TokenDtype, Tokens
 
@@ -51,7 +51,7 @@ class Files(Job):
         self.there: set[Path] = set()  # those of the files that are written or were before
         self.of_others: set[Path] = set()  # those that hold another picture's tokens
 
-    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
+    def has(self, index: int, sha256: str, caption: str | None) -> bool:
         """Whether the file is there, made of this picture and caption by this model."""
         if not self.files[index].exists():
             return False
@@ -109,8 +109,9 @@ class Folder(Job):
             )
         return self
 
-    def has(self, index: int, item: Item, sha256: str, caption: str | None) -> bool:
+    def has(self, index: int, sha256: str, caption: str | None) -> bool:
         """Whether the folder has the tokens of this picture, caption and class, and with `flips` of its mirrored copy."""
+        item = self.dataset.items[index]
         return self.folder.has(item.id, sha256, caption, item.class_name, flips=self.flips)
 
     def add(self, indices: list[int], tokens: Tokens) -> None:
