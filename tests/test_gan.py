@@ -90,7 +90,7 @@ def test_lecam_by_hand() -> None:
 
 
 def test_lecam_means_get_no_gradient_and_logits_do() -> None:
-    lecam = LeCam()
+    lecam = LeCam(decay=0.999)
     real, fake = torch.ones(2, requires_grad=True), -torch.ones(2).requires_grad_()
     fake.retain_grad()
     lecam.update(real.mean(), fake.mean())
@@ -121,7 +121,7 @@ def test_a_discriminator_learns_to_tell_two_distributions_apart() -> None:
         noise = 0.6 * torch.rand(2, 16, 3, 8, 8)
         return noise[0] + stripes, noise[1] + stripes[:, None]
 
-    discriminator, lecam = Discriminator(8, base=8, multipliers=(1, 2)), LeCam()
+    discriminator, lecam = Discriminator(8, base=8, multipliers=(1, 2)), LeCam(decay=0.999)
     optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3, betas=(0.0, 0.99))
     for _ in range(40):
         real, fake = batch()

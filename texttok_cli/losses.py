@@ -229,7 +229,7 @@ class LeCam(nn.Module):
     ema_real: Tensor
     ema_fake: Tensor
 
-    def __init__(self, *, decay: float = 0.999) -> None:
+    def __init__(self, *, decay: float) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("ema_real", torch.zeros(()))

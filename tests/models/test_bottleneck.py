@@ -24,7 +24,7 @@ def alone(value: torch.Tensor) -> torch.Tensor:
 def vq(codes: int = 16, *, seed: int = 0, weight: float = 1.0) -> VQ:
     """As in the middle of a run, with all codes in use."""
     torch.manual_seed(seed)
-    bottleneck = VQ(DIM, D, codes=codes, weight=weight)
+    bottleneck = VQ(DIM, D, codes=codes, commitment=0.25, weight=weight)
     bottleneck.usage.fill_(1)
     return bottleneck
 
@@ -177,7 +177,7 @@ def test_dead_codes_become_inputs_of_the_step() -> None:
 def test_a_new_codebook_is_put_where_inputs_are() -> None:
     """Inputs of a network that was just made are much alike: of random directions one code would be used."""
     torch.manual_seed(0)
-    bottleneck, batch = VQ(DIM, D, codes=64, weight=1.0), 0.05 * tokens(batch=40)
+    bottleneck, batch = VQ(DIM, D, codes=64, commitment=0.25, weight=1.0), 0.05 * tokens(batch=40)
     with torch.no_grad():
         bottleneck.proj.bias[:] = torch.tensor([3.0, 0, 0, 0])
     before = bottleneck(batch).codes.unique()

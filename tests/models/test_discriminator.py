@@ -18,7 +18,7 @@ def images(n: int = 3, size: int = 16) -> torch.Tensor:
 def test_golden_parameter_counts(size: int, multipliers: tuple[float, ...], count: int) -> None:
     """Sec. 4.1: about 24 M."""
     with torch.device("meta"):
-        discriminator = Discriminator(size, multipliers=multipliers)
+        discriminator = Discriminator(size, base=128, multipliers=multipliers)
     assert sum(p.numel() for p in discriminator.parameters()) == count
 
 
@@ -30,7 +30,7 @@ def test_small_images(size: int, multipliers: tuple[float, ...]) -> None:
 
 def test_sizes_that_do_not_fit_are_said() -> None:
     with pytest.raises(ValueError, match=r"6 multipliers .* 32 is not a multiple of 64"):
-        Discriminator(32, multipliers=(1, 2, 4, 4, 4, 4))
+        Discriminator(32, base=4, multipliers=(1, 2, 4, 4, 4, 4))
     with pytest.raises(ValueError, match=r"base 4 times multiplier 0\.1 leaves no channel"):
         Discriminator(32, base=4, multipliers=(1, 0.1))
 

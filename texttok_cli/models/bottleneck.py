@@ -80,7 +80,7 @@ class VQ(Bottleneck):
 
     usage: Tensor
 
-    def __init__(self, dim: int, latent_dim: int, *, codes: int, commitment: float = 0.25, weight: float) -> None:
+    def __init__(self, dim: int, latent_dim: int, *, codes: int, commitment: float, weight: float) -> None:
         super().__init__()
         self.commitment, self.weight = commitment, weight
         self.proj = nn.Linear(dim, latent_dim)

@@ -22,7 +22,7 @@ class Discriminator(nn.Module):
     other, and everything is twice differentiable, as R1 needs. Raises ValueError if the size can't be halved that often.
     """
 
-    def __init__(self, image_size: int, *, base: int = 128, multipliers: tuple[float, ...]) -> None:
+    def __init__(self, image_size: int, *, base: int, multipliers: tuple[float, ...]) -> None:
         super().__init__()
         halvings = len(multipliers)
         if image_size % 2**halvings:
