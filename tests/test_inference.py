@@ -347,14 +347,6 @@ def test_a_malformed_hub_name_is_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_command_lines_default_model_is_the_apis() -> None:
-    import inspect
-
-    from texttok_cli.commands.encode import encode
-
-    assert inspect.signature(encode).parameters["model"].default == inference.DEFAULT_MODEL
-
-
 def test_latents_can_be_trained_on(tokenizer: Tokenizer, tmp_path: Path, draw: Callable[..., Path]) -> None:
     """In the caller's own graph, also on a CPU, where nothing copies them out of inference mode."""
     z, head = tokenizer.encode(draw(tmp_path / "a.png"), "a"), torch.nn.Linear(8, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from texttok_cli.assets import is_offline
 from texttok_cli.checkpoint import ModelInfo, find_tokenizer_file, load_tokenizer_file
-from texttok_cli.config import Precision
+from texttok_cli.config import DEFAULT_MODEL, LatentDtype, Precision
 from texttok_cli.config.schema import ClassEmbedding, TextCondition, TokenizerConfig, VQBottleneck
 from texttok_cli.data import Dataset, center_crop, eval_batches, load_image, normalize, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.labels import ids_among
@@ -28,10 +28,9 @@ from texttok_cli.models.layers import in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 from texttok_cli.token_folder import writing
-from texttok_cli.tokens import FORMAT, MAX_TEXT, LatentDtype, TokenDtype, TokenHeader, Tokens, code_dtype
+from texttok_cli.tokens import FORMAT, MAX_TEXT, TokenDtype, TokenHeader, Tokens, code_dtype
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT_MODEL = "texttok-32-128"
 
 ImageLike = str | Path | Image.Image
 

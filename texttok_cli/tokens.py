@@ -22,7 +22,6 @@ FORMAT = 2  # 1 knew neither codes nor classes nor mirrored copies; it is read a
 MAX_IMAGES = 1_000_000
 MAX_TEXT = 100_000  # characters of an id or a caption
 SUFFIX = ".tok.safetensors"
-LatentDtype = Literal["fp16", "fp32", "int8"]
 TokenDtype = Literal["fp16", "fp32", "int8", "int16", "int32"]  # the last two: codes
 _STORED = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
 _NAMES = {"fp16": "F16", "fp32": "F32", "int8": "I8", "int16": "I16", "int32": "I32"}

@@ -11,12 +11,13 @@ import torch
 from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, resolve
+from texttok_cli.config import Resize
 from texttok_cli.data import eval_batches, open_dataset
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
 from texttok_cli.metrics.distribution import kid
 from texttok_cli.metrics.inception import FidInception
-from texttok_cli.metrics.resize import RESIZES, Resize
+from texttok_cli.metrics.resize import RESIZES
 from texttok_cli.metrics.statistics import frechet_distance
 
 

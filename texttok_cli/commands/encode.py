@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from texttok_cli.commands.options import (
     PrecisionOption,
     QuietOption,
 )
+from texttok_cli.config import DEFAULT_MODEL, LatentDtype
 from texttok_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ def encode(
     out: OutOption = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also the tokens of every mirrored image, into the same folder.")] = False,
     dtype: Annotated[
-        Literal["fp16", "fp32", "int8"] | None,
+        LatentDtype | None,
         typer.Option(help="How latents are stored: default fp16. Codes of a VQ model are integers."),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")
-    ] = "texttok-32-128",
+    ] = DEFAULT_MODEL,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "fp32",
     batch_size: BatchSizeOption = 32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ from texttok_cli.commands.options import (
     QuietOption,
     given_options,
 )
-from texttok_cli.config import Precision
+from texttok_cli.config import DEFAULT_MODEL, Precision, Resize
 from texttok_cli.errors import UsageError
 from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS, NOTES, PROTOCOLS, Protocol, ProtocolName
 
@@ -57,7 +57,7 @@ def eval_(
     no_caption: Annotated[bool, typer.Option("--no-caption", help="Reconstruct with the empty condition, and record that.")] = False,
     split: Annotated[str | None, typer.Option(help="Which split the references are, for the card: train, val.")] = None,
     note: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=f"For the card: {', '.join(NOTES)}; repeatable.")] = None,
-    resize: Annotated[Literal["tf1-bilinear", "clean", "legacy-pytorch"], typer.Option(help="To 299 pixels for FID.")] = "tf1-bilinear",
+    resize: Annotated[Resize, typer.Option(help="To 299 pixels for FID.")] = "tf1-bilinear",
     inception: Annotated[Path | None, typer.Option(help="The whole Inception's file (for is, ris, gis), if not cached.")] = None,
     clip: Annotated[str, typer.Option(help="open_clip's name of a CLIP.")] = CLIP_NAME,
     clip_weights: Annotated[str, typer.Option(help="Its weights: a local file, or open_clip's tag.")] = CLIP_WEIGHTS,
@@ -171,7 +171,7 @@ def _notes(notes: Sequence[str]) -> dict[str, str]:
 def _load_models(models: Sequence[str] | None, *, device: str, precision: Precision, offline: bool) -> list[Autoencoder]:
     """The tokenizers and baselines, all different; None is the bundled default."""
     from texttok_cli.baselines import PREFIX, load_baseline
-    from texttok_cli.inference import DEFAULT_MODEL, load_tokenizer
+    from texttok_cli.inference import load_tokenizer
 
     loaded: list[Autoencoder] = []
     for name in models or [DEFAULT_MODEL]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from texttok_cli.config import Resize
 from texttok_cli.errors import UsageError
 from texttok_cli.metrics.cards import declare, results_of
 from texttok_cli.metrics.clip import ClipScorer
@@ -14,7 +15,6 @@ from texttok_cli.metrics.protocols import CLIP_NAME, CLIP_WEIGHTS, NOTES, PROTOC
 from texttok_cli.metrics.reconstructions import Autoencoder, open_reconstructions
 from texttok_cli.metrics.registry import check_names, uses_clip
 from texttok_cli.metrics.report import Report
-from texttok_cli.metrics.resize import Resize
 from texttok_cli.metrics.stored import Source, open_stored
 from texttok_cli.metrics.subject import Subject
 from texttok_cli.models.devices import pick_device

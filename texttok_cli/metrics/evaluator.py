@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from texttok_cli.assets import resolve
+from texttok_cli.config import Resize
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.losses import build_perceptual
@@ -23,7 +24,6 @@ from texttok_cli.metrics.evidence import Evidence, Need, Side
 from texttok_cli.metrics.image import psnr, ssim, ssim_gaussian
 from texttok_cli.metrics.inception import NETWORK, FidInception
 from texttok_cli.metrics.registry import METRICS, Score, check_names
-from texttok_cli.metrics.resize import Resize
 from texttok_cli.metrics.sources import Images
 from texttok_cli.metrics.statistics import Gaussian
 from texttok_cli.models.layers import exact_convolutions

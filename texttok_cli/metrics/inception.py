@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from texttok_cli.assets import load_script_weights, load_torch_weights, resolve
+from texttok_cli.config import Resize
 from texttok_cli.files import sha256_file
-from texttok_cli.metrics.resize import RESIZES, Resize
+from texttok_cli.metrics.resize import RESIZES
 from texttok_cli.models.layers import exact_convolutions
 
 BN_EPS = 1e-3

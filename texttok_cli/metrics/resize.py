@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Resize = Literal["tf1-bilinear", "clean", "legacy-pytorch"]
+from texttok_cli.config import Resize
+
 SIZE = 299
 
 
