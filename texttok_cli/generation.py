@@ -108,7 +108,7 @@ class Generator:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}: make at least one image at a time")
         wanted = self.requests(classes=_listed(classes), prompts=_listed(prompts), seeds=_listed(seeds))
-        how = self.sampling(sampler, steps, cfg)
+        how = Sampling.asked(self.dit.cfg, sampler, steps, None if cfg is None else str(cfg))
         return torch.cat([self.generate(wanted[i : i + batch_size], how) for i in range(0, len(wanted), batch_size)])
 
     def requests(
@@ -129,10 +129,6 @@ class Generator:
             return self._prompted([str(prompt) for prompt in conditions], seeds)
         ids = {asked: self.class_id(asked) for asked in dict.fromkeys(conditions)}
         return [self._of_class(ids[asked], seed) for asked, seed in zip(conditions, seeds, strict=True)]
-
-    def sampling(self, sampler: str | None = None, steps: int | None = None, cfg: str | float | Guidance | None = None) -> Sampling:
-        """How to sample; what is None is as the model's file says. RecipeError for a cfg that can't be read."""
-        return Sampling.asked(self.dit.cfg, sampler, steps, None if cfg is None else str(cfg))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Tensor:
         """One batch: images uint8 (B, 3, S, S) on the CPU.

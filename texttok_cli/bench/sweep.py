@@ -16,7 +16,7 @@ from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.tradeoff import PointStore, Score, Series, Setting, Spec, measure_point, settings
 from texttok_cli.config import Precision
 from texttok_cli.data import open_dataset
-from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling
+from texttok_cli.diffusion import plan_sampling
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.files import sha256_file
 from texttok_cli.metrics.inception import NETWORK, POOL_DIM, FidInception
@@ -94,7 +94,7 @@ def _look(series: Series, opener: Opener) -> tuple[int, Mapping[str, object]]:
     system = opener(series)
     try:
         for setting in settings(series):
-            plan_sampling(system.config, Sampling(setting.sampler, setting.steps, parse_cfg(setting.cfg)), by_null=True)
+            plan_sampling(system.config, setting.sampling, by_null=True)
     except RecipeError as err:
         raise RecipeError(f"{series.name}: {err}") from None
     return system.tokens, system.identity

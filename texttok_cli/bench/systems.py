@@ -20,7 +20,7 @@ from texttok_cli.config import Precision
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig, GridLatents
 from texttok_cli.data.labels import spread_labels
 from texttok_cli.data.texts import read_prompts
-from texttok_cli.diffusion import Sampling, parse_cfg, sample
+from texttok_cli.diffusion import sample
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator, Request, load_generator
@@ -80,8 +80,7 @@ class TexTokSystem:
         caches = (generator.text, generator.tokenizer.text)
         fresh = {id(cache): EmbeddingCache(cache.encoder) for cache in caches if cache is not None}  # one, where both share it
         generator.text, generator.tokenizer.text = (fresh.get(id(cache)) for cache in caches)
-        how = self.generator.sampling(setting.sampler, setting.steps, setting.cfg)
-        return self.generator.generate([self.requests[number] for number in numbers], how)
+        return self.generator.generate([self.requests[number] for number in numbers], setting.sampling)
 
 
 def _requests(generator: Generator, series: Series, seeds: range) -> list[Request]:
@@ -122,7 +121,7 @@ class OriginalDiT:
         """See `System`."""
         z = sample(
             self.dit,
-            Sampling(setting.sampler, setting.steps, parse_cfg(setting.cfg)),
+            setting.sampling,
             seeds=[self.seed + number for number in numbers],
             class_ids=torch.tensor([self.labels[number] for number in numbers], device=self.device),
             autocast=self.precision == "bf16",

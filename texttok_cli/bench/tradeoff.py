@@ -21,7 +21,7 @@ from texttok_cli.bench.timing import Timer
 from texttok_cli.config import Labels
 from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.schema import Config
-from texttok_cli.diffusion import parse_cfg
+from texttok_cli.diffusion import Sampling, parse_cfg
 from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.files import read_json_object, write_json
 
@@ -94,6 +94,11 @@ class Setting:
     steps: int
     sampler: str
     cfg: str
+
+    @property
+    def sampling(self) -> Sampling:
+        """How it samples."""
+        return Sampling(self.sampler, self.steps, parse_cfg(self.cfg))
 
 
 def settings(series: Series) -> list[Setting]:
