@@ -30,7 +30,7 @@ from texttok_cli.bench.timing import Timer, spread_of
 from texttok_cli.commands.bench import PART_NAMES
 from texttok_cli.config.loader import load_recipe
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
-from texttok_cli.diffusion import Sampling
+from texttok_cli.diffusion import Sampling, parse_cfg
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.tokenizer import TexTok
@@ -47,9 +47,7 @@ def make_task(**changes: Any) -> Task:
         "tokens": [4],
         "batches": [1, 2],
         "generator": "L",
-        "steps": 5,
-        "sampler": "ddim",
-        "guidance": "1.5",
+        "sampling": Sampling("ddim", 5, parse_cfg("1.5")),
     }
     return Task(**{**whole, **changes})
 
@@ -106,7 +104,7 @@ def test_a_few_steps_and_a_part_of_the_batch_stand_for_all_and_the_row_says_so(m
     monkeypatch.setattr(generate, "sample", counted)
     once = Timer(warm_up=0, repeats=1)
     monkeypatch.setattr(once, "once", lambda work: (work(), 1.0)[1])
-    tokens, grid = list(generate.generation_rows(make_task(steps=50, batches=[8], timer=once)))
+    tokens, grid = list(generate.generation_rows(make_task(sampling=Sampling("ddim", 50, parse_cfg("1.5")), batches=[8], timer=once)))
     assert ran == [(2, 2), (2, 1)]
     assert tokens.seconds is not None and tokens.seconds.median == tokens.times == 25 * 4
     assert "2 steps run" in tokens.note and "2 of 8 images run, multiplied" in tokens.note
@@ -119,7 +117,8 @@ def test_few_steps_stand_for_all_by_the_passes_that_guidance_takes(monkeypatch: 
     """Of 2 steps the last, at t = 0, is in no interval from 0.2 on; of 50 steps 10 are not."""
     once = Timer(warm_up=0, repeats=1)
     monkeypatch.setattr(once, "once", lambda work: (work(), 1.0)[1])
-    tokens, _ = generate.generation_rows(make_task(steps=50, batches=[2], timer=once, guidance="2:interval=0.2,1"))
+    how = Sampling("ddim", 50, parse_cfg("2:interval=0.2,1"))
+    tokens, _ = generate.generation_rows(make_task(sampling=how, batches=[2], timer=once))
     assert tokens.times == (40 * 2 + 10) / (2 + 1)
 
 

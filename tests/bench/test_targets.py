@@ -15,6 +15,7 @@ from texttok_cli.bench.results import Target
 from texttok_cli.bench.task import Task
 from texttok_cli.bench.timing import Spread, spread_of
 from texttok_cli.bench.training import bare_step, timed_recipe, training_step
+from texttok_cli.diffusion import Sampling, parse_cfg
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.inception import FidInception
 
@@ -112,7 +113,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Target]]
     def run(part: Callable[[Task], Iterator[Target]], timer: Clockwork, device: str) -> dict[str, Target]:
         monkeypatch.setattr(targets, "Timer", lambda *given, **more: timer)
         where = Where(torch.device(device), "bf16")
-        task = Task(where, timer, [512], [32], [8, 4], "XL", 50, "ddim", "1.5")  # type: ignore[arg-type]
+        task = Task(where, timer, [512], [32], [8, 4], "XL", Sampling("ddim", 50, parse_cfg("1.5")))  # type: ignore[arg-type]
         return {target.name: target for target in part(task)}
 
     return run

@@ -26,16 +26,11 @@ from texttok_cli.bench.paper import SD_VAE
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.task import Task, joined
 from texttok_cli.config.schema import ClassLabels, GeneratorConfig
-from texttok_cli.diffusion import Sampling, parse_cfg, plan_sampling, sample
+from texttok_cli.diffusion import Sampling, plan_sampling, sample
 from texttok_cli.models.dit import DiT
 from texttok_cli.models.prepared import RECORDABLE
 
 MEASURED_STEPS = {"cpu": 2, "cuda": 50}  # of a run, of all its steps
-
-
-def asked_sampling(task: Task) -> Sampling:
-    """A whole run as the task asks for it. RecipeError for a guidance that can't be read."""
-    return Sampling(task.sampler, task.steps, parse_cfg(task.guidance))
 
 
 def generation_rows(task: Task) -> Iterator[Row]:
@@ -48,16 +43,16 @@ def generation_rows(task: Task) -> Iterator[Row]:
 
 
 def _rows(task: Task, name: str, cfg: GeneratorConfig, size: int) -> Iterator[Row]:
-    where, how = task.where, asked_sampling(task)
+    where, how = task.where, task.sampling
     passes = 1 if str(how.guidance) == "1" else 2
     rows = passes * cfg.latents.sequence_length
     part = replace(how, steps=min(how.steps, MEASURED_STEPS.get(where.device.type, how.steps)))
     note = joined(
-        f"{task.sampler}, cfg {task.guidance}, weights in {where.precision}", f"{part.steps} steps run" if part.steps < how.steps else ""
+        f"{how.sampler}, cfg {how.guidance}, weights in {where.precision}", f"{part.steps} steps run" if part.steps < how.steps else ""
     )
     # Guidance may leave steps unguided, and another share of few steps than of many.
     times = _network_passes(cfg, how) / _network_passes(cfg, part)
-    row = Row(part="generate", system=name, image_size=size, tokens=cfg.latents.num_vectors, steps=task.steps, note=note, times=times)
+    row = Row(part="generate", system=name, image_size=size, tokens=cfg.latents.num_vectors, steps=how.steps, note=note, times=times)
 
     def activations(batch: int) -> float:
         return forward_bytes(batch * rows, cfg.backbone.width, 4)

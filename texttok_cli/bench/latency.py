@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from texttok_cli.bench.generate import asked_sampling, generation_rows
+from texttok_cli.bench.generate import generation_rows
 from texttok_cli.bench.networks import (
     PATCH_OF_SIZE,
     SAMPLE_SIDE,
@@ -53,7 +53,7 @@ KINDS: tuple[Kind, ...] = ("TexTok", "Baseline")
 def check(task: Task, parts: Sequence[Part]) -> None:
     """RecipeError for a sampling that can't be and a recipe that there is not, before anything is timed."""
     if "generate" in parts:
-        plan_sampling(generator_config(task.generator, task.tokens[0]), asked_sampling(task), by_null=True)
+        plan_sampling(generator_config(task.generator, task.tokens[0]), task.sampling, by_null=True)
     if "train" in parts:
         for _ in recipes(task):
             pass

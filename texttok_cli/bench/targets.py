@@ -119,7 +119,7 @@ def _sampler(task: Task) -> Iterator[Target]:
     steps, most = (4, 5) if cpu else (50, 10)
     forward = "captured" if where.device.type == "cuda" else "bare"
     dit = untrained_dit(generator_config("XL", 32), where)
-    sampling = Sampling(task.sampler, steps, GUIDED)
+    sampling = Sampling(task.sampling.sampler, steps, GUIDED)
     for batch in [min(task.batches)] if cpu else task.batches:
         bare = guided_forward(dit, batch, where)
         works = {"sample": guided_sampling(dit, batch, sampling, where), "forward": captured(bare) if forward == "captured" else bare}
@@ -137,7 +137,7 @@ def _equal_steps(task: Task) -> Iterator[Target]:
     cpu = where.device.type == "cpu"
     measured, decoded = (1, 1) if cpu else (MEASURED_STEPS["cuda"], 8)  # steps, and images that SD-VAE decodes at once
     timer = Timer(where.device, repeats=1 if cpu else task.timer.repeats, clock=task.timer.clock)
-    sampling = Sampling(task.sampler, measured, GUIDED)
+    sampling = Sampling(task.sampling.sampler, measured, GUIDED)
     per_step: dict[str, float] = {}  # seconds of one step for one image
     for name, cfg, rows in (("texttok", generator_config("XL", 32), 64), ("sd-vae", grid_generator_config("XL", size), 2 * 1024)):
         dit = untrained_dit(cfg, where)

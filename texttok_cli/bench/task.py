@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from texttok_cli.bench.networks import DoesNotFit, Where, Workload, check_fits
 from texttok_cli.bench.results import Row
 from texttok_cli.bench.timing import Timer
+from texttok_cli.diffusion import Sampling
 
 # On a CPU time is proportional to the rows of the matrices once there are some thousands: a part of a longer batch is run.
 MAX_CPU_ROWS = 4096
@@ -23,9 +24,7 @@ class Task:
     tokens: Sequence[int]
     batches: Sequence[int]
     generator: str  # DiT's size: L or XL
-    steps: int
-    sampler: str
-    guidance: str
+    sampling: Sampling
 
     def timed(self, row: Row, work: Workload, *, times: float = 1.0, repeats: int | None = None) -> Row:
         """The row with the time of `work`, multiplied by `times` and by what the row is a multiple of already."""

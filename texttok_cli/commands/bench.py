@@ -63,6 +63,7 @@ def latency(
     from texttok_cli.bench.results import LatencyResult
     from texttok_cli.bench.task import Task
     from texttok_cli.bench.timing import Timer
+    from texttok_cli.diffusion import Sampling, parse_cfg
     from texttok_cli.models.devices import pick_device
 
     if targets:
@@ -76,9 +77,7 @@ def latency(
         _numbers("--tokens", tokens),
         _numbers("--batch", batch),
         generator,
-        steps,
-        sampler,
-        cfg,
+        Sampling(sampler, steps, parse_cfg(cfg)),
     )
     check(task, ["generate"] if targets else parts)
     machine = describe(where.device, clock=clock)
