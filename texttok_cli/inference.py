@@ -285,7 +285,7 @@ def encode_dataset(
     classes = any(item.class_name is not None for item in dataset.items)
     encode = tokenizer.encode if tokenizer.num_codes is None else tokenizer.encode_codes
     size = tokenizer.cfg.image_size
-    for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error or _refuse, wanted=wanted):
+    for batch in eval_batches(dataset, image_size=size, batch_size=batch_size, on_error=on_error, wanted=wanted):
         indices = batch.indices.tolist()
         texts = None if captions is None else [captions[i] for i in indices]
         header = TokenHeader(
@@ -338,10 +338,6 @@ def encode_folder(
         ):
             folder.add(tokens)
     return folder.path
-
-
-def _refuse(image_id: str, reason: str) -> None:
-    raise DataError(f"{image_id}: {reason}")
 
 
 def _check_text(item_id: str, what: str, text: str) -> None:
