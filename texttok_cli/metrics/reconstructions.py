@@ -115,7 +115,7 @@ def open_reconstructions(
         classes = None if model.classes is None else _classes_of(dataset, model.classes)
         if classes is not None:
             if no_caption:
-                raise DataError(f"{model.info.name}: is conditioned on classes and has no empty condition: leave out --no-caption")
+                raise UsageError(f"{model.info.name}: is conditioned on classes and has no empty condition: leave out --no-caption")
             said = "class_embedding: the images' classes"
         card: dict[str, Any] = {
             **common,

@@ -86,10 +86,10 @@ def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
             task.load_state(tensors)
         except torch.OutOfMemoryError:
             raise
-        except (KeyError, RuntimeError):  # a tensor that is missing, or of another shape
+        except (KeyError, RuntimeError) as err:  # a tensor that is missing, or of another shape
             raise CheckpointError(
                 f"{run.state_path}: its state of step {begin} is damaged; remove it, or the whole {run.path} to start again"
-            ) from None
+            ) from err
     if engine.is_main:
         run.rewind_log(begin)
     return begin
