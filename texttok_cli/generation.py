@@ -32,7 +32,7 @@ from texttok_cli.models.dit import DiT
 from texttok_cli.models.layers import in_precision
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 
-BUNDLED = {"class": "class-32-128", "text": "t2i-32-128"}  # by what they are conditioned on; recipes tiny/NAME
+BUNDLED = {"class": "class-32-128", "text": "t2i-32-128"}  # by what they are conditioned on; recipes tiny/NAME-flow and tiny/NAME-short
 CAPTIONS_SUFFIX = ".captions.jsonl"  # beside a generator's file: NAME.captions.jsonl
 Asked = TypeVar("Asked", str, int, str | int)
 
