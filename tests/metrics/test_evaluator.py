@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from gaussians import gaussian_of
 
 from texttok_cli.assets import ASSETS, _in_package
 from texttok_cli.errors import DataError, UsageError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import sha256_tensors
 from texttok_cli.losses import build_perceptual
-from texttok_cli.metrics import evaluator as evaluator_module
 from texttok_cli.metrics import processes as processes_module
-from texttok_cli.metrics.evaluator import Batch, Evaluator, Work, perceptual_sha256
+from texttok_cli.metrics.evaluator import Batch, Evaluator, Work
 from texttok_cli.metrics.image import psnr
 from texttok_cli.metrics.inception import Features
 from texttok_cli.metrics.processes import LAUNCHER, Processes
@@ -260,15 +258,4 @@ def test_perceptual_distances_are_of_images_in_0_to_1(name: str) -> None:
     evaluator.update(Batch(torch.arange(2, 3), y[2:], x[2:]))
     expected = build_perceptual(name, offline=True)(x / 255, y / 255).mean()  # type: ignore[arg-type]
     assert evaluator.compute()[name][0] == pytest.approx(float(expected), rel=1e-5)
-    assert evaluator.networks == {name: (name, ASSETS[name].sha256)}
-
-
-def test_the_hash_of_a_perceptual_network_is_of_trunk_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator_module, "resolve", lambda name, *, offline: tmp_path / name)
-    hashes = {}
-    for name in ("vgg16", "alexnet", "lpips-vgg", "lpips-alex", "stlpips-vgg"):
-        (tmp_path / name).write_text(name)
-        hashes[name] = sha256_file(tmp_path / name)
-    for name, trunk in (("lpips-vgg", "vgg16"), ("lpips-alex", "alexnet")):
-        assert perceptual_sha256(name) == f"{hashes[trunk]}+{hashes[name]}"
-    assert perceptual_sha256("stlpips-vgg") == hashes["stlpips-vgg"]  # one file holds both
+    assert evaluator.networks == {name: (name, sha256_tensors(build_perceptual(name, offline=True).state_dict().values()))}  # type: ignore[arg-type]

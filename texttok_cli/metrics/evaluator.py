@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from texttok_cli.assets import resolve
 from texttok_cli.config import Resize
 from texttok_cli.errors import DataError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import sha256_tensors
 from texttok_cli.losses import build_perceptual
 from texttok_cli.metrics.clip import HESSEL_PREFIX, ClipScorer
 from texttok_cli.metrics.evidence import Evidence, Need, Side
@@ -118,7 +117,7 @@ class Evaluator:
         return values
 
     def _networks(self) -> dict[str, tuple[str, str]]:
-        found = {name: (name, perceptual_sha256(name)) for name in self.perceptual}
+        found = {name: (name, sha256_tensors(net.state_dict().values())) for name, net in self.perceptual.items()}
         if self.inception is not None:
             found["inception"] = (NETWORK, self.inception.sha256)
         if self.clip is not None:
@@ -139,12 +138,6 @@ class Evaluator:
             except ValueError as err:
                 raise DataError(f"{name}: {err}") from None
         return scores
-
-
-def perceptual_sha256(name: str) -> str:
-    """Of the weights of `name`: of trunk and heads, in that order, where they are two files."""
-    trunk = {"lpips-vgg": ["vgg16"], "lpips-alex": ["alexnet"]}.get(name, [])
-    return "+".join(sha256_file(resolve(asset, offline=True)) for asset in [*trunk, name])
 
 
 # ------------------------------------------------------------------ what is to be seen
