@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/commands.py SHARD [--runs 3] -o benchmarks/results/commands.json
 
 Each command runs on the shard's first 64 and first 192 images; the difference is what an image costs once the program has started,
-what is left of the first run its start (`start_s`). The networks run in batches of 32 in this process, in turns with the commands.
+what is left of the first run its start (`start_s`). The networks run in the commands' batches in this process, in turns with the commands.
 Processor seconds, as the kernel counts them for a process and its workers: other work on the machine changes them little. Captions are
 the shard's measured ones.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -31,6 +30,7 @@ from texttok_cli import load_generator
 from texttok_cli.bench.generate import guided_forward
 from texttok_cli.bench.machine import describe
 from texttok_cli.bench.networks import Where
+from texttok_cli.bench.timing import Timer
 from texttok_cli.bench.training import bare_step
 from texttok_cli.captioners.classifier import Classifier
 from texttok_cli.config.loader import load_recipe
@@ -39,6 +39,7 @@ from texttok_cli.files import write_json
 from texttok_cli.metrics.evaluator import Evaluator
 
 FEW, MANY, BATCH = 64, 192, 32
+CAPTION_BATCH = 16  # of `caption`
 RECIPE = "tiny/texttok-32-128"
 STEPS = 25  # of the bundled generator's sampler
 
@@ -144,7 +145,7 @@ def networks(shard: Path) -> dict[str, Callable[[], float]]:
     where = Where(torch.device("cpu"), "fp32")
     forward = guided_forward(generator.dit, BATCH, where)
     step = bare_step(load_recipe(RECIPE, ["training.precision=bf16"]), Where(torch.device("cpu"), "bf16"))
-    uint8, square = torch.randint(0, 256, (BATCH, 3, 128, 128), dtype=torch.uint8), torch.rand(BATCH, 3, 224, 224)
+    uint8, square = torch.randint(0, 256, (BATCH, 3, 128, 128), dtype=torch.uint8), torch.rand(CAPTION_BATCH, 3, 224, 224)
     works: dict[str, Callable[[], object]] = {
         "text": lambda: encoder(next(batches)),
         "encode": lambda: model.encode(images, cond),
@@ -153,19 +154,13 @@ def networks(shard: Path) -> dict[str, Callable[[], float]]:
         "inception": lambda: inception(uint8),
         "denoise": lambda: [forward() for _ in range(STEPS)],
     }
-    timed = {name: _timer(torch.inference_mode()(work)) for name, work in works.items()}
-    return {**timed, "train": _timer(step)}
+    timer = Timer(clock="cpu", repeats=3)
+    works = {name: torch.inference_mode()(work) for name, work in works.items()} | {"train": step}
 
+    def timed(name: str) -> Callable[[], float]:
+        return lambda: timer.measure(works[name]).median / (CAPTION_BATCH if name == "classifier" else BATCH)
 
-def _timer(work: Callable[[], object]) -> Callable[[], float]:
-    def once() -> float:
-        work()
-        before = time.process_time()
-        for _ in range(3):
-            work()
-        return (time.process_time() - before) / 3 / BATCH
-
-    return once
+    return {name: timed(name) for name in works}
 
 
 if __name__ == "__main__":
