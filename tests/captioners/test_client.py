@@ -175,7 +175,7 @@ def test_durations(text: str, seconds: float | None) -> None:
     assert client._seconds_until_reset(headers) == (None if seconds is None else pytest.approx(seconds))
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 302])
 def test_what_would_fail_for_every_image_ends_the_run_and_names_no_key(
     status: int, endpoint: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +185,33 @@ def test_what_would_fail_for_every_image_ends_the_run_and_names_no_key(
         ask(endpoint)
     assert KEY not in str(err.value) and "***" in str(err.value) and "\n" not in str(err.value)
     assert len(endpoint.requests) == 1  # nor was the redirection followed
+
+
+def test_an_account_without_credit_ends_the_run_as_waiting_brings_none(endpoint: Served) -> None:
+    said = {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}
+    endpoint.plan = [fails(429, json.dumps({"error": said}))]
+    with pytest.raises(BackendError, match=r"no credit is left \(HTTP 429: .*You exceeded your current quota"):
+        ask(endpoint)
+    assert len(endpoint.requests) == 1
+
+
+def test_the_limit_of_tokens_is_sent_under_the_name_that_the_endpoint_knows(endpoint: Served) -> None:
+    """OpenAI's reasoning models refuse the name that all others know; retries are not spent on it, and it is asked once."""
+    other = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+    def strict(handler: Handler, number: int) -> None:
+        known = "max_tokens" not in endpoint.requests[number]["body"]
+        (says("a red square") if known else fails(400, json.dumps({"error": {"message": other}})))(handler, number)
+
+    endpoint.plan = [strict]
+    chat = ChatClient(endpoint.url, "m", retries=0)
+    assert [chat.complete("hello", max_tokens=7).text for _ in range(2)] == ["a red square"] * 2
+    first, *others = (request["body"] for request in endpoint.requests)
+    assert first["max_tokens"] == 7
+    assert [(body.get("max_tokens"), body["max_completion_tokens"]) for body in others] == [(None, 7)] * 2
+    endpoint.plan = [fails(400, other)]
+    with pytest.raises(CaptionFailed, match="HTTP 400"):
+        chat.complete("hello", max_tokens=7)
 
 
 def test_one_refused_image_is_not_asked_for_again(endpoint: Served) -> None:

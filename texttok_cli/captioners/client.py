@@ -23,7 +23,9 @@ from texttok_cli.errors import BackendError
 KEY_VARIABLE = "TEXTTOK_API_KEY"  # nobody else's: a key is sent to the endpoint it was set for, and to no other
 MAX_ANSWER_BYTES = 1 << 20
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-REFUSED = {401: "the key was not accepted", 403: "access was denied", 404: "no such address or model"}
+REFUSED = {401: "the key was not accepted", 402: "no credit is left", 403: "access was denied", 404: "no such address or model"}
+NO_CREDIT = "insufficient_quota"  # OpenAI's code of a 429 that does not pass
+LIMIT, NEWER_LIMIT = "max_tokens", "max_completion_tokens"  # most endpoints know the first alone, OpenAI's reasoning models the second
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds; doubled from try to try
 LONGEST_WAIT = 300.0  # seconds that an endpoint may ask us to wait before the run gives up
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d*)?)s)?(?:(\d+(?:\.\d*)?)ms)?")  # as in 6m0s and 120ms
@@ -37,31 +39,42 @@ class _TryAgain(Exception):
         self.unreachable = unreachable
 
 
+class _OtherLimit(CaptionFailed):
+    """The endpoint wants the limit of tokens under its newer name."""
+
+
 class ChatClient:
     """One model behind one endpoint. Safe to call from several threads: when one is told to wait, all of them do."""
 
     def __init__(self, endpoint: str, model: str, *, timeout: float = 60, retries: int = 5) -> None:
         """`endpoint` as in https://host/v1; the key, if it needs one, is in the environment variable TEXTTOK_API_KEY."""
         self.url, self.model, self.timeout, self.retries = _url(endpoint), model, timeout, retries
-        self._key = _key()
+        self._key, self._limit = _key(), LIMIT
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
         self._not_before = 0.0  # time.monotonic()
 
     def complete(self, content: str | Sequence[Mapping[str, Any]], *, max_tokens: int) -> Written:
         """The answer to one message. CaptionFailed if it can't be had for this one, BackendError if for no other either."""
-        body = {"model": self.model, "max_tokens": max_tokens, "messages": [{"role": "user", "content": content}]}
-        data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
             self._wait()
             try:
-                return _answer(self._send(data))
+                return _answer(self._ask(content, max_tokens))
             except _TryAgain as err:
                 if attempt == self.retries:
                     raise self._given_up(err) from None
                 # Also if the endpoint asked for less, as Retry-After: 0 does; what is left of more, _wait waits.
                 time.sleep(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
+
+    def _ask(self, content: str | Sequence[Mapping[str, Any]], max_tokens: int) -> bytes:
+        """One request, with the limit of tokens under the name that this endpoint knows it by."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        try:
+            return self._send(json.dumps({**body, self._limit: max_tokens}).encode())
+        except _OtherLimit:
+            self._limit = NEWER_LIMIT
+            return self._send(json.dumps({**body, self._limit: max_tokens}).encode())
 
     def _given_up(self, err: _TryAgain) -> Exception:
         reason = f"{err} ({self.retries + 1} tries)"
@@ -105,11 +118,12 @@ class ChatClient:
             body = body.replace(self._key, "***")
         said = " ".join(body.split())[:200]
         what = f"HTTP {err.code}" + (f": {said}" if said else "")
-        if err.code in REFUSED or 300 <= err.code < 400:
-            why = REFUSED.get(err.code, "it redirects; give the address it redirects to")
+        code = 402 if err.code == 429 and NO_CREDIT in body else err.code
+        if code in REFUSED or 300 <= code < 400:
+            why = REFUSED.get(code, "it redirects; give the address it redirects to")
             return BackendError(f"{self.url}: {why} ({what}); the key is read from {KEY_VARIABLE}")
-        if err.code not in RETRIED:
-            return CaptionFailed(what)
+        if code not in RETRIED:
+            return _OtherLimit(what) if NEWER_LIMIT in body else CaptionFailed(what)
         self._hold_back(_seconds_asked(err.headers))
         return _TryAgain(what)
 
