@@ -235,6 +235,16 @@ def test_nobody_there(endpoint: Served) -> None:
         ChatClient(f"http://127.0.0.1:{port}/v1", "m", retries=1).complete("a", max_tokens=1)
 
 
+def test_thoughts_are_no_part_of_a_caption(endpoint: Served) -> None:
+    """As served without a reasoning parser; some templates hold the opening mark, so that only the closing one is written."""
+    endpoint.plan = [says(f"{begin}A square, red?\n</think>\n\na red square") for begin in ("<think>\n", "")] + [says("a <b> red square")]
+    assert [ask(endpoint) for _ in range(3)] == ["a red square", "a red square", "a <b> red square"]
+    for text in ("<think>\nA square", "A square, red?</think>\n"):
+        endpoint.plan = [says(text, reason="length")]
+        with pytest.raises(CaptionFailed, match="only thoughts within the token limit; raise --max-tokens"):
+            ask(endpoint)
+
+
 def test_huge_answers_are_not_read(endpoint: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 1000)
     endpoint.plan = [raw(b" " * 200_000)]

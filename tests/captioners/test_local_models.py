@@ -10,7 +10,7 @@ from PIL import Image
 
 from texttok_cli import assets
 from texttok_cli.assets import ASSETS
-from texttok_cli.captioners.base import CaptionInput
+from texttok_cli.captioners.base import CaptionFailed, CaptionInput
 from texttok_cli.captioners.language import LocalLanguageModel
 from texttok_cli.errors import BackendError
 
@@ -37,6 +37,17 @@ def test_a_language_model_says_whether_it_came_to_an_end(tmp_path: Path) -> None
     for answer, complete in ([20, 21, 22], False), ([20, 21, 2], True), ([20, 2], True):
         model.network.generate = lambda input_ids, answer=answer, **_: torch.cat([input_ids, torch.tensor([answer])], dim=1)
         assert model.write("w1 w2", max_tokens=3, seed=0).complete == complete
+
+
+def test_a_language_models_thoughts_are_no_part_of_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LocalLanguageModel(str(tiny_models.language_model(tmp_path / "lm")), offline=True)
+    monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: "<think>\nw1?\n</think>\n\nw2 w3")
+    assert model.write("w1 w2", max_tokens=3, seed=0).text == "w2 w3"
+    monkeypatch.setattr(model.tokenizer, "decode", lambda *_, **__: "w1? w2?")
+    assert model.write("w1 w2", max_tokens=3, seed=0).text == "w1? w2?"
+    model.tokenizer.chat_template += "<think>\n"  # then thoughts have no opening mark of their own
+    with pytest.raises(CaptionFailed, match="only thoughts"):
+        model.write("w1 w2", max_tokens=3, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,16 @@ def test_the_end_of_a_text_and_the_limit_of_tokens_are_told_apart(folders: dict[
     assert [written.complete for written in captioner(subjects())] == [True, False, True]
 
 
+def test_thoughts_are_no_part_of_a_caption(chatting: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = ["<think>\nw1?\n</think>\n\nw2 w3", "<think> w1?", "w2 w3"]
+    monkeypatch.setattr(chatting.processor.tokenizer, "batch_decode", lambda *_, **__: written)
+    first, second, third = chatting(subjects())
+    assert [first, third] == [Written("w2 w3", complete=False)] * 2 and isinstance(second, CaptionFailed)
+    monkeypatch.setattr(chatting, "_text", f"{chatting._text} <think>")  # then thoughts have no opening mark of their own
+    first, second, third = chatting(subjects())
+    assert first == Written("w2 w3", complete=False) and isinstance(second, CaptionFailed) and isinstance(third, CaptionFailed)
+
+
 def test_bf16_and_a_device_map(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForImageTextToText
 

@@ -13,6 +13,7 @@ from texttok_cli.data import to_rgb
 from texttok_cli.errors import DataError
 
 SENTENCE_ENDS = (".", "!", "?")
+THOUGHTS, END_OF_THOUGHTS = "<think>", "</think>"  # what Qwen's, DeepSeek's, GLM's and most other reasoning models put around them
 CLOSING = "\"')]»”’"  # may follow the end of a sentence
 
 
@@ -43,6 +44,19 @@ class Written:
 
     text: str
     complete: bool = True
+
+
+def without_thoughts(written: Written, *, begun: bool = False) -> Written:
+    """What a model says behind the thoughts that it writes down first, if it does; `begun` if its prompt ends in their begin.
+
+    CaptionFailed if it came to nothing else within its limit of tokens.
+    """
+    _, mark, answer = written.text.rpartition(END_OF_THOUGHTS)
+    if mark and answer.strip():
+        return Written(answer.strip(), written.complete)
+    if mark or begun or written.text.lstrip().startswith(THOUGHTS):
+        raise CaptionFailed("only thoughts within the token limit; raise --max-tokens, or take a model that does not think")
+    return written
 
 
 class Captioner(Protocol):

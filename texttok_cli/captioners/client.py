@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from typing import IO, Any
 
-from texttok_cli.captioners.base import CaptionFailed, Written
+from texttok_cli.captioners.base import CaptionFailed, Written, without_thoughts
 from texttok_cli.errors import BackendError
 
 KEY_VARIABLE = "TEXTTOK_API_KEY"  # nobody else's: a key is sent to the endpoint it was set for, and to no other
@@ -193,7 +193,7 @@ def _answer(data: bytes) -> Written:
         if reason == "length":  # spent on thoughts that are not shown
             raise CaptionFailed("no answer within the token limit; raise --max-tokens")
         raise _TryAgain("an empty answer")
-    return Written(content.strip(), complete=reason != "length")
+    return without_thoughts(Written(content.strip(), complete=reason != "length"))
 
 
 def _seconds_asked(headers: Message) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from texttok_cli.assets import is_offline
-from texttok_cli.captioners.base import Written
+from texttok_cli.captioners.base import THOUGHTS, Written, without_thoughts
 from texttok_cli.captioners.client import ChatClient
 from texttok_cli.captioners.vlm import called, ended, loading, pretrained
 
@@ -55,7 +55,7 @@ class LocalLanguageModel:
 
     @torch.no_grad()
     def write(self, text: str, *, max_tokens: int, seed: int) -> Written:
-        """The answer, drawn from the model's distribution."""
+        """The answer, drawn from the model's distribution. CaptionFailed if it is thoughts alone."""
         if self.tokenizer.chat_template is not None:
             text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=self.tokenizer.chat_template is None).to(self.network.device)
@@ -64,6 +64,5 @@ class LocalLanguageModel:
             torch.manual_seed(seed)
             ids = self.network.generate(**inputs, do_sample=True, max_new_tokens=max_tokens)
         answer = ids[0, inputs["input_ids"].shape[1] :]
-        return Written(
-            str(self.tokenizer.decode(answer, skip_special_tokens=True)), complete=ended(self.network, answer.tolist(), max_tokens)
-        )
+        said = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return without_thoughts(Written(said, ended(self.network, answer.tolist(), max_tokens)), begun=text.rstrip().endswith(THOUGHTS))

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from texttok_cli.assets import is_offline
-from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
+from texttok_cli.captioners.base import THOUGHTS, CaptionFailed, CaptionInput, Written, without_thoughts
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
 
@@ -81,7 +81,13 @@ class VisionLanguageModel:
             ids = ids[:, asked.shape[1] :]
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rows = zip(texts, ids.tolist(), strict=True)
-        return [Written(text.strip(), complete=ended(self.network, row, self.max_tokens)) for text, row in rows]
+        return [self._answer(Written(text.strip(), complete=ended(self.network, row, self.max_tokens))) for text, row in rows]
+
+    def _answer(self, written: Written) -> Written | CaptionFailed:
+        try:
+            return without_thoughts(written, begun=(self._text or "").rstrip().endswith(THOUGHTS))
+        except CaptionFailed as err:
+            return err
 
 
 class _Processor:
