@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from PIL import Image
 from runs import ENVIRONMENT, QUIET, Stop, launched, metrics, newest_state, train
 from safetensors.torch import load_file
@@ -361,6 +362,43 @@ def test_how_a_run_is_carried_out_may_change_when_it_goes_on(recipe_file: Recipe
     (line,) = [line for line in said if "goes on with another" in line]
     assert set(line.partition("another ")[2].split(", ")) == keys
     assert train(recipe_file(), tmp_path / "parts", *changes) and load_recipe(str(tmp_path / "parts" / "recipe.yaml")).data.workers == 1
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A package of that name which keeps what it is told."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "wandb.py").write_text(
+        "runs, logged = [], []\nlog = lambda values, step: logged.append(step)\nfinish = lambda: None\n"
+        "def init(**how):\n    import wandb\n    runs.append(how)\n    return wandb\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])  # what it found when it was imported
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    import wandb
+
+    yield wandb
+    del sys.modules["wandb"]
+
+
+def test_a_run_that_goes_on_is_the_same_to_wandb(
+    recipe_file: RecipeFile, tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out, tracked = recipe_file(), tmp_path / "run", "training.trackers=[wandb]"
+    with pytest.raises(Interrupted):
+        train(file, out, tracked, report=Stop(3, signal.SIGTERM))
+    train(file, out, tracked, "training.log_every=2")
+    first, second = wandb.runs
+    assert first["id"] == second["id"] and second["resume"] == "allow" and second["allow_val_change"] and second["name"] == "run"
+    assert first["config"] == load_recipe(str(file), [tracked]).model_dump(mode="json") and second["config"]["training"]["log_every"] == 2
+    assert wandb.logged == [1, 2, 3, 4, 6]
+    shutil.rmtree(out / "state")
+    (out / "model.safetensors").unlink()
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    train(file, out, tracked)
+    assert wandb.runs[2]["id"] != first["id"] and "name" not in wandb.runs[2], "from the start: another run"
 
 
 def test_models_of_earlier_steps_are_those_that_a_run_of_so_many_steps_leaves(recipe_file: RecipeFile, tmp_path: Path) -> None:

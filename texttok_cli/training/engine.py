@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -176,10 +177,15 @@ class Engine:
         """Send numbers to the trackers."""
         self.accelerator.log(dict(record), step=step)
 
-    def start_trackers(self) -> None:
-        """Open the trackers; call when the run folder is there."""
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers("texttok")
+    def start_trackers(self, run_id: str, name: str, config: Mapping[str, Any]) -> None:
+        """Open the trackers; call on the main process when the run folder is there. To wandb a run that goes on is the same by its id.
+
+        What wandb's own variables say comes first.
+        """
+        own = {"id": run_id, "name": name, "resume": "allow"}
+        variables = {"id": "WANDB_RUN_ID", "name": "WANDB_NAME", "resume": "WANDB_RESUME"}
+        wandb = {key: value for key, value in own.items() if variables[key] not in os.environ}
+        self.accelerator.init_trackers("texttok", init_kwargs={"wandb": {**wandb, "config": config, "allow_val_change": True}})
 
     @contextlib.contextmanager
     def finishing(self, *, together: type[Exception]) -> Iterator[None]:

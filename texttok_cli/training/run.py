@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -177,6 +178,13 @@ class RunFolder:
             raise damaged from None
         return self.newest_step, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
 
+    def tracker_id(self) -> str:
+        """By what trackers know this run: another when it begins again, without a state."""
+        file = self.state_path / "tracker-id"
+        if not self.newest_step or not file.is_file():
+            write_text(file, uuid4().hex)
+        return file.read_text(encoding="utf-8").strip()
+
     def _states(self) -> list[Path]:
         return sorted(p for p in self.state_path.glob("step-*") if p.name.removeprefix("step-").isdecimal())  # not .partial
 
@@ -190,7 +198,8 @@ def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> b
         return False
     if changed:
         report.message(f"{run.path}: goes on with another {', '.join(changed)}")
-    engine.start_trackers()
+    if engine.is_main and recipe.training.trackers:
+        engine.start_trackers(run.tracker_id(), run.path.resolve().name, recipe.model_dump(mode="json"))
     return True
 
 
