@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from texttok_cli.config.schema import TextCondition, TokenizerConfig
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, RecipeError
 from texttok_cli.models.condition import Condition
 from texttok_cli.text import load_text_encoder
 from texttok_cli.training.conditioning import class_conditioner, class_ids, text_conditioners
@@ -52,6 +52,11 @@ def test_an_image_of_no_training_class_is_named(name: str | None, message: str) 
     with pytest.raises(DataError) as raised:
         class_ids([[("a", "dog"), ("b", "cat")], [("d", "dog"), ("e", name)]], 2, torch.device("cpu"))
     assert str(raised.value).startswith(message)
+
+
+def test_images_without_classes_are_said() -> None:
+    with pytest.raises(RecipeError, match="num_classes is 2, but the training images have no classes: lay them in folders"):
+        class_ids([[("a", None), ("b", None)]], 2, torch.device("cpu"))
 
 
 def test_classes_that_are_numbers_keep_their_order() -> None:

@@ -5,6 +5,7 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,18 @@ def test_the_file_knows_captions_class_counts_and_statistics_of_the_training_ima
         assert info.train_captions.tolist() == sorted(caption_hash(f"train {i}") for i in range(9))
         counts = (["even", "odd"], [7, 2]) if name == "class" else (None, None)
         assert (info.header.classes, info.header.class_counts) == counts
+
+
+def test_one_class_needs_no_names(recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in no folder of a class: an unconditional generator."""
+    read = LatentStore.open
+    nameless = staticmethod(lambda *of, **how: replace(found := read(*of, **how), class_names=[None] * len(found)))
+    monkeypatch.setattr(LatentStore, "open", nameless)
+    train(recipe_file(schedule={"steps": 1}), tmp_path / "run", "model.condition={num_classes: 1, dropout: 0}")
+    header = load_generator_file(tmp_path / "run" / "model.safetensors")[1].header
+    assert (header.classes, header.class_counts) == (["image"], [14])
+    with pytest.raises(RecipeError, match=r"the training images have no classes: .* a generator with num_classes 1 needs none"):
+        train(recipe_file(), tmp_path / "other")
 
 
 def test_the_file_s_weights_are_as_precise_as_asked(recipe_file: RecipeFile, tmp_path: Path) -> None:

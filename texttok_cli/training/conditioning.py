@@ -50,6 +50,11 @@ def class_ids(named: Sequence[Sequence[tuple[str, str | None]]], num_classes: in
     """
     names = {name for _, name in named[0] if name is not None}
     classes = sorted(names, key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in names) else None)
+    if not classes:
+        raise RecipeError(
+            f"model.condition.num_classes is {num_classes}, but the training images have no classes: lay them in folders by class, or name"
+            " it as `class` in a shard or manifest; a generator with num_classes 1 needs none"
+        )
     if len(classes) != num_classes:
         raise RecipeError(f"model.condition.num_classes is {num_classes}, the training images have {len(classes)} classes")
     return classes, [torch.tensor(ids_among(classes, part), device=device) for part in named]

@@ -36,6 +36,7 @@ from texttok_cli.training.run import RunFolder, begin, check_start, history
 
 GRID_STEPS, GRID_CFG = 50, "1.5"  # how the samples of a validation are drawn: the recipe's own 250 steps would take five times as long
 VALIDATION_BATCH = 256
+ONLY_CLASS = "image"  # of a model with one class, where images have none
 
 
 def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, offline: bool, device: str) -> Path:
@@ -160,9 +161,12 @@ def _conditions(
         cache = recipe.training.text_cache
         conditioners = text_conditioners(condition.encoder, texts, out, engine, report, cache=cache, offline=offline)
         return _Known(conditioners, None, None, set(texts[0]))
-    named = [list(zip(store.ids, store.class_names, strict=True)) for store in stores]
+    names = [store.class_names for store in stores]
+    if condition.num_classes == 1 and not any(names[0]):  # an unconditional model
+        names = [[ONLY_CLASS] * len(part) for part in names]
+    named = [list(zip(store.ids, part, strict=True)) for store, part in zip(stores, names, strict=True)]
     classes, ids = class_ids(named, condition.num_classes, engine.device)
-    counts = Counter(name for name, flipped in zip(stores[0].class_names, stores[0].flipped, strict=True) if not flipped)
+    counts = Counter(name for name, flipped in zip(names[0], stores[0].flipped, strict=True) if not flipped)
     captions = {caption for caption in stores[0].captions if caption is not None}
     return _Known([class_conditioner(part) for part in ids], classes, [counts[name] for name in classes], captions)
 
