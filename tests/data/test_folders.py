@@ -10,12 +10,12 @@ from texttok_cli.errors import DataError
 
 
 def test_a_folder_is_listed_recursively_in_order(tmp_path):
-    for name in ("b.JPG", "a/2.png", "a/1.webp", "a/deep/x.gif", ".hidden.png", ".git/y.png", "notes.md", "a/1.txt"):
+    for name in ("b.JPG", "c.jfif", "a/2.png", "a/1.webp", "a/deep/x.gif", ".hidden.png", ".git/y.png", "notes.md", "a/1.txt"):
         write(tmp_path / name, "one" if name.endswith("txt") else PNG)
     dataset = open_dataset([str(tmp_path)])
-    assert [item.id for item in dataset.items] == ["a/1.webp", "a/2.png", "a/deep/x.gif", "b.JPG"]
-    assert [item.class_name for item in dataset.items] == ["a", "a", "a/deep", None]
-    assert [item.caption for item in dataset.items] == ["one", None, None, None]
+    assert [item.id for item in dataset.items] == ["a/1.webp", "a/2.png", "a/deep/x.gif", "b.JPG", "c.jfif"]
+    assert [item.class_name for item in dataset.items] == ["a", "a", "a/deep", None, None]
+    assert [item.caption for item in dataset.items] == ["one", None, None, None, None]
     assert dataset.skipped == []
 
 
