@@ -13,6 +13,8 @@ from PIL.PngImagePlugin import PngImageFile
 from texttok_cli.data import center_crop, load_image, normalize, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.errors import DataError
 
+TIFF_TAGS = {"width": 256, "bits": 258, "photometric": 262}
+
 
 def pixels(data: bytes) -> np.ndarray:
     image = load_image(data, name="x")
@@ -69,6 +71,40 @@ def test_transparent_colours_lie_over_white():
 def test_16_bit_grey_is_scaled_and_rounded_not_clipped(kind):
     values = np.array([[0, 257, 128 * 257 - 128, 200 * 257 + 128, 65535]], np.uint16)
     assert pixels(encoded(Image.fromarray(values), kind))[0, :, 0].tolist() == [0, 1, 128, 200, 255]
+
+
+def test_the_transparent_colour_of_pngs_of_other_than_8_bits_lies_over_white():
+    def png(depth: int, kind: int, row: bytes, *key: int) -> bytes:
+        header, transparent = struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0), struct.pack(f">{len(key)}H", *key)
+        chunks = {b"IHDR": header, b"tRNS": transparent, b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks.items())
+
+    assert pixels(png(2, 0, bytes([0b01_10_0000]), 1))[0, :, 0].tolist() == [255, 170]
+    assert pixels(png(4, 0, bytes([0x5_7]), 5))[0, :, 0].tolist() == [255, 7 * 17]
+    assert pixels(png(16, 0, struct.pack(">2H", 512, 600), 512))[0, :, 0].tolist() == [255, 2]
+    assert pixels(png(16, 2, struct.pack(">6H", 512, 768, 2, 2, 3, 2), 512, 768, 2))[0].tolist() == [[255, 255, 255], [0, 0, 0]]
+
+
+def tiff_of_16_bits(values: list[int], **tags: tuple[int, int]) -> bytes:
+    """A TIFF of one row of grey, little-endian, and in it entries changed from a number to another."""
+    data = encoded(Image.fromarray(np.array([values], "<u2")), "TIFF")
+    for tag, (before, after) in tags.items():
+        number = TIFF_TAGS[tag]
+        [kind] = [kind for kind in (3, 4) if struct.pack("<HHII", number, kind, 1, before) in data]
+        data = data.replace(struct.pack("<HHII", number, kind, 1, before), struct.pack("<HHII", number, kind, 1, after))
+    return data
+
+
+def test_tiffs_of_grey_where_white_is_zero_or_of_12_bits():
+    assert pixels(tiff_of_16_bits([0, 257, 65535], photometric=(1, 0)))[0, :, 0].tolist() == [255, 254, 0]
+    packed = np.frombuffer(bytes.fromhex("000 010 800 fff".replace(" ", "")), "<u2").tolist()
+    assert pixels(tiff_of_16_bits(packed, width=(3, 4), bits=(16, 12)))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_no_damage_to_the_image(kind):
+    whole = encoded(picture(), kind)
+    assert np.array_equal(pixels(encoded(picture(), kind, exif=b"Exif\0\0no TIFF")), pixels(whole))
 
 
 @pytest.mark.parametrize("values", [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32)])

@@ -38,6 +38,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Of PNGs of other than 8 bits, by Pillow's name of how they are stored.
+KEYS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: key >> 8}
+
 # `warnings.catch_warnings` changes the state of the whole process, and images are opened on several threads.
 _opening = threading.Lock()
 
@@ -62,13 +65,15 @@ def load_image(data: bytes, *, name: str) -> Image.Image:
 def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     """An opened image -> RGB, 8 bits, upright (EXIF), transparency over white, first frame of an animation.
 
-    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile. Raises DataError as `load_image` does.
+    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile; EXIF that can't be read turns nothing.
+    Raises DataError as `load_image` does.
     """
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{name}: {image.width:,} x {image.height:,} pixels, over the limit of {MAX_PIXELS:,}; scale it down first")
     try:
+        _scale_key(image)
         image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = _orientation(image)
         rgb = _to_rgb(image, name)
     except DAMAGED as err:
         raise _damaged(name, err) from None
@@ -89,9 +94,26 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=KINDS)
 
 
+def _orientation(image: Image.Image) -> object:
+    """None also for EXIF that is damaged: the pixels are not, and viewers show them."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except DAMAGED:
+        return None
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Of an image that is not loaded yet: Pillow makes 8 bits of a PNG's pixels, but not of the colour that is transparent."""
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", [])
+    if image.format == "PNG" and key is not None and tiles and (to_8_bits := KEYS.get(tiles[0][3])):
+        image.info["transparency"] = tuple(map(to_8_bits, key)) if isinstance(key, tuple) else to_8_bits(key)
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_of_16_bits(image, name)
+    if image.mode == "La":  # grey times alpha
+        image = image.convert("LA")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -99,11 +121,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _grey_of_16_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale to 8 bits; Pillow's own conversion clips at 255."""
+    """Scale to 8 bits, with alpha if one grey is transparent; Pillow's own conversion clips at 255."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise DataError(f"{name}: its pixels are floating point or 32-bit numbers, with no agreed range; save it with 8 or 16 bits")
-    return Image.fromarray((values / np.float32(257)).round().astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})  # a TIFF's: here Pillow gives the numbers as they are stored
+    white = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
+    shares = values / np.float32(white)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+        shares = 1 - shares
+    grey = Image.fromarray((shares * 255).round().astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
 
 
 def center_crop(image: Image.Image, size: int, *, at: float = 0.5) -> Image.Image:
