@@ -105,6 +105,11 @@ def test_latents_of_another_shape_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.zeros(1, 5, 8), "a")
 
 
+def test_images_that_are_not_finite_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"images are not finite.*--cfg"):
+        tokenizer.decode(torch.full((1, 4, 8), 1e38), "a")
+
+
 def test_no_latents_and_latents_of_another_type(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"latents are \(0, 4, 8\), not \(B, 4, 8\)"):
         tokenizer.decode(torch.zeros(0, 4, 8), [])

@@ -104,7 +104,7 @@ class Tokenizer:
 
         For a gradient call `model.decode(z, text(captions))`, whose images are floats in [-1, 1].
 
-        Raises DataError for latents of another shape or none, and captions that don't match.
+        Raises DataError for latents of another shape or none, captions that don't match, and images that are not finite.
         """
         expected = (self.cfg.num_tokens, self.cfg.latent_dim)
         if not len(z) or z.shape[1:] != expected:
@@ -112,6 +112,11 @@ class Tokenizer:
         cond = self._condition(captions, len(z))
         with torch.no_grad(), self._autocast():
             images = self.model.decode(z.to(self.device, torch.float32), cond)
+        if not images.isfinite().all():  # as bytes they would be black
+            raise DataError(
+                f"{self.info.name}: its images are not finite, as of latents far from all it was trained on: guidance (--cfg) may be much"
+                " too strong, or the model damaged or diverged"
+            )
         return to_uint8(images.float()).cpu()
 
     def decode_tokens(self, tokens: Tokens, captions: Sequence[str] | None = None) -> Tensor:
