@@ -190,6 +190,7 @@ GENERATOR_CHANGES = {
     "a tokenizer by path": (lambda h, t: h.update(tokenizer_name="../x"), "header.tokenizer_name"),
     "classes": (lambda h, t: h["classes"].pop(), "classes has 3 entries, the model 4 classes"),
     "counts": (lambda h, t: h["class_counts"].append(1), "class_counts has 5 entries, the model 4 classes"),
+    "no counts": (lambda h, t: h.update(class_counts=[0] * 4), "class_counts says that no class had a training image"),
     "negative counts": (lambda h, t: h.update(class_counts=[1, 2, 3, -4]), "header.class_counts.3"),
     "no hashes": (lambda h, t: t.pop("train_captions"), "its train_captions are missing"),
     "other hashes": (lambda h, t: t.update(train_captions=torch.zeros(3)), "its train_captions are missing or not a list"),

@@ -171,7 +171,7 @@ def test_a_missing_file_and_a_folder_are_no_files(tmp_path: Path) -> None:
             read_header(path, error=TokenFileError)
 
 
-class Small(BaseModel):
+class Small(BaseModel, extra="forbid"):
     kind: int
     n: int
 
@@ -182,6 +182,7 @@ class Small(BaseModel):
         ({"n": 1}, "a: another kind of file (no 'kind' in its header)"),
         ({"kind": 3, "n": 1}, "a: kind is 3, this texttok reads 2; update texttok"),
         ({"kind": 2}, "a: header.n: Field required"),
+        ({"kind": 2, "n": 1, "x" * 1000: 1}, f"a: header.{'x' * 393}..."),
         ({"kind": 2, "n": "x"}, "a: header.n: Input should be a valid integer, unable to parse string as an integer"),
     ],
 )

@@ -71,6 +71,8 @@ class GeneratorHeader(Config):
     @model_validator(mode="after")
     def _lists_are_of_its_classes(self) -> GeneratorHeader:
         _check_by_class(self.model.condition, classes=self.classes, class_counts=self.class_counts)
+        if self.class_counts is not None and not any(self.class_counts):
+            raise ValueError("class_counts says that no class had a training image")
         return self
 
 

@@ -26,6 +26,7 @@ META_KEY = "texttok"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_SIDE = 1 << 48  # of a shape; torch counts in 64 bits
 MAX_SIDES = 64  # torch's own limit
+MAX_SAID = 400  # characters of a header's fault
 # Bytes of one element of the types we write.
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -246,7 +247,8 @@ def parse_header(
     except ValidationError as err:
         first = err.errors()[0]
         where = ["header", *map(str, first["loc"])]
-        raise error(f"{path}: {'.'.join(where)}: {first['msg'].removeprefix('Value error, ')}") from None
+        said = f"{'.'.join(where)}: {first['msg'].removeprefix('Value error, ')}"  # both repeat what the file says, of any length
+        raise error(f"{path}: {said if len(said) <= MAX_SAID else f'{said[:MAX_SAID]}...'}") from None
 
 
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:

@@ -31,7 +31,7 @@ class Transformer(Config):
     depth: int = Field(ge=1, le=256)
     width: int = Field(ge=8, le=16384)
     heads: int = Field(ge=1, le=256)
-    mlp_ratio: float = Field(4.0, gt=0, le=16)
+    mlp_ratio: float = Field(4.0, ge=0.125, le=16)  # at least one number in the hidden layer of the least width
     qk_norm: bool = False
 
     @model_validator(mode="after")
@@ -276,7 +276,7 @@ class Flow(Config):
 
     kind: Literal["flow"]
     time: Literal["uniform", "lognormal"] = "lognormal"  # lognormal: t = sigmoid(N(0, 1)), LightningDiT
-    shift: float = Field(1.0, gt=0)  # t' = s t / (1 + (s - 1) t) when sampling
+    shift: float = Field(1.0, ge=1e-3, le=1e3)  # t' = s t / (1 + (s - 1) t) when sampling
 
 
 # The samplers of each kind of process, its default first.
