@@ -10,6 +10,7 @@ from drawn import Drawn, FakeClip, FakeInception
 from texttok_cli.errors import DataError
 from texttok_cli.files import load_safetensors, save_safetensors
 from texttok_cli.metrics.evaluator import Evaluator
+from texttok_cli.metrics.evidence import Rows
 from texttok_cli.metrics.passes import Job, Pass
 from texttok_cli.metrics.processes import Processes
 from texttok_cli.metrics.subject import Subject
@@ -122,6 +123,15 @@ def test_a_damaged_state_is_one_line(change: dict[str, object], fake: None, tmp_
         save_safetensors(state, damaged[1], damaged[0])
         with pytest.raises(DataError, match="state: is damaged; remove it to start again"):
             run()
+
+
+@pytest.mark.parametrize("values", [torch.zeros(7), torch.zeros(1, 8)])
+def test_a_state_of_other_rows_than_images_is_damaged(values: torch.Tensor) -> None:
+    rows = Rows()
+    with pytest.raises(ValueError, match="don't go together"):
+        rows.load({"indices": torch.arange(8), "values": values})
+    rows.load({"indices": torch.arange(8), "values": torch.arange(8.0)})
+    assert rows.in_order().tolist() == list(range(8))
 
 
 def test_what_a_job_keeps_goes_only_when_all_went_well(fake: None, saving: None, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ Need = Literal["pool", "spatial", "features", "logits"]
 
 
 class Rows:
-    """A value or a vector for each image, whatever order they came in."""
+    """A value or a vector for each image, whatever order they came in; `ndim` is 2 for vectors."""
 
-    def __init__(self) -> None:
+    def __init__(self, ndim: int = 1) -> None:
+        self._ndim = ndim
         self._indices: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -45,9 +46,12 @@ class Rows:
         return {"indices": torch.cat(self._indices), "values": torch.cat(self._values)} if self._indices else {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state. ValueError for one that is not of as many rows as indices."""
         if state:
-            self._indices, self._values = [state["indices"]], [state["values"]]
+            indices, values = state["indices"], state["values"]
+            if indices.dtype != torch.int64 or indices.ndim != 1 or values.ndim != self._ndim or len(values) != len(indices):
+                raise ValueError("rows and indices don't go together")
+            self._indices, self._values = [indices], [values]
 
 
 class Side:
@@ -61,7 +65,7 @@ class Side:
         self.given = dict(given or {})
         dims = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
         self.sums = {name: RunningGaussian(dim) for name, dim in dims.items() if name in needs and name not in self.given}
-        self.rows = {name: Rows() for name in ("features", "logits") if name in needs}
+        self.rows = {name: Rows(ndim=2) for name in ("features", "logits") if name in needs}
 
     @property
     def wants_images(self) -> bool:
