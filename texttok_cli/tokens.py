@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[^/\\]{1,256}$")]  # never a path
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Side = Annotated[int, Field(ge=1)]
 # Sums of the squares of float32 stay far below 1e100, and the square of what is below it is finite.
-Number = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]
 Channels = Annotated[list[Number], Field(min_length=1, max_length=4096)]
 
 

@@ -1,6 +1,7 @@
 """Results merged into Markdown, HTML and plots."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from texttok_cli.bench import report as report_module
 from texttok_cli.bench.plots import plot_rfid
-from texttok_cli.bench.report import find_results, markdown, page, rfid_by_tokens, target_table, tradeoff_tables, write_report
+from texttok_cli.bench.report import Table, find_results, markdown, page, rfid_by_tokens, target_table, tradeoff_tables, write_report
 from texttok_cli.bench.results import LatencyResult, Target, TradeoffResult, save_result
 from texttok_cli.errors import DataError
 from texttok_cli.metrics.report import Card, Report, Result, save_report
@@ -266,7 +267,17 @@ def test_a_list_is_left_out_of_a_folder_and_refused_by_name(latency_result: Late
         find_results([tmp_path, tmp_path / "list.json"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused(value: float, latency_result: LatencyResult, tmp_path: Path) -> None:
+    result = latency_result.model_dump(mode="json")
+    result["targets"][0]["reached"] = value
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    with pytest.raises(DataError, match=r"header\.targets\.0\.reached: Input should be a finite number"):
+        find_results([tmp_path / "a.json"])
+
+
 def test_pages_of_nothing_but_text_need_no_picture(latency_result: LatencyResult) -> None:
     tables = [target_table("t", latency_result)]
     assert "| share | >= 0.7 | 0.8 | yes | <bf16> |" in markdown(tables)
+    assert "| a b \\| c |" in markdown([Table("t", ["n"], [["a\nb | c"]])])
     assert "<img" not in page(tables)

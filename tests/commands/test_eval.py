@@ -749,6 +749,9 @@ def test_reports_are_compared_and_unlike_ones_marked(texttok: Run, models: Path,
 
     plain, text = measure("plain"), measure("text")
     assert "plain.json: only one report; name at least two" in texttok("eval", "--compare", plain).err
+    (tmp_path / "empty.json").write_text(json.dumps({"texttok_report": 1, "results": []}))
+    empty = texttok("eval", "--compare", plain, "--compare", tmp_path / "empty.json", "--compare", text)
+    assert empty.code == 1 and "empty.json: holds no numbers" in empty.err
     alike = texttok("eval", "--compare", plain, "--compare", text)
     assert texttok("eval", "--compare", tmp_path / "[pt]*.json").out == alike.out
     for folder, report in (("one", plain), ("two", text)):  # of the same name: their folders tell them apart

@@ -182,7 +182,7 @@ def test_the_dump_loads_as_the_same_recipe() -> None:
         ("model.backbone.size=H", "size 'H' is not one of S, B, L, XL"),
         ("model={latents: {num_tokens: 65536}, backbone: {size: XL}}", "65,536 tokens of width 1,152 are more than any model here"),
         ("model.process.timesteps=20", "timesteps 20 are too few"),
-        ("model.process={kind: flow, shift: .inf}", "shift: input should be less than or equal to 1000"),
+        ("model.process={kind: flow, shift: 1001}", "shift: input should be less than or equal to 1000"),
         ("model.backbone.mlp_ratio=0.001", "model.backbone.mlp_ratio: input should be greater than or equal to 0.125"),
         ("model.condition.dropuot=0.2", "unknown key 'model.condition.dropuot'; did you mean 'dropout'?"),
         ("training.val_images=3", "unknown key 'training.val_images'; did you mean 'val_latents'?"),

@@ -277,10 +277,15 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = ["# Results"]
     for table in tables:
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
         picture = f"![{table.title}]({table.picture.name})" if table.picture else ""
         parts += [part for part in (f"## {table.title}", table.remark, picture, text) if part]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """What would end the cell or the row is in names of files and models too."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def page(tables: Sequence[Table]) -> str:

@@ -78,7 +78,7 @@ class PointResult(Config):
     sampler: str
     cfg: str
     seconds_per_image: float = Field(gt=0)
-    fid: float = Field(allow_inf_nan=False)
+    fid: float
     images: int = Field(ge=2)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from texttok_cli.errors import UsageError
+from texttok_cli.errors import DataError, UsageError
 from texttok_cli.metrics.protocols import DECLARED
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ def compare_reports(paths: Sequence[Path], html: Path | None, *, as_json: bool) 
     from texttok_cli.metrics.report import by_samples, compare, load_report
 
     parts = [(path, by_samples(load_report(path))) for path in paths]
+    empty = next((path for path, found in parts if not found), None)
+    if empty is not None:
+        raise DataError(f"{empty}: holds no numbers; leave it out")
     reports = [part for _, found in parts for part in found]
     if len(reports) < 2:
         raise UsageError(f"--compare {paths[0]}: only one report; name at least two")

@@ -85,8 +85,8 @@ class Result(Config):
     """One number. `value` is None where it is not finite; a warning says why."""
 
     metric: str
-    value: float | None = Field(allow_inf_nan=False)
-    spread: float | None = Field(None, allow_inf_nan=False)
+    value: float | None
+    spread: float | None = None
     card: Card
     warnings: list[str] = Field(default_factory=list)
 
