@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -104,6 +105,9 @@ class TokenIndex(Config):
         lists += [values for values in (self.mean, self.std) if values is not None]
         if len({len(values) for values in lists}) > 1:
             raise ValueError("its statistics are not all of the same number of channels")
+        whole = self.statistics()
+        if whole is not None and not (_same(self.mean, whole.mean) and _same(self.std, whole.std)):
+            raise ValueError("its mean and std are not those of its shards; encode again into an empty folder")
         return self
 
     def statistics(self) -> Statistics | None:
@@ -117,6 +121,10 @@ class TokenIndex(Config):
         statistics = index.statistics()
         mean, std = (None, None) if statistics is None else (statistics.mean, statistics.std)
         return index.model_copy(update={"mean": mean, "std": std})
+
+
+def _same(found: list[float] | None, sums: list[float]) -> bool:
+    return found is None or all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) for a, b in zip(found, sums, strict=True))
 
 
 # Which tokens of a folder: an image's id, and whether they are of its mirrored copy.
