@@ -146,6 +146,7 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
         ("data: " + "[" * 3000 + "]" * 3000, "not readable as YAML: nested too deeply"),
         ("data: {train: x}\nmodel: {}\ndata: {train: y}\n", "not readable as YAML: .*the key 'data' stands twice"),
     ],
+    ids=lambda value: value[:60],
 )
 def test_odd_values_are_one_clear_line(recipe: Path, text: str, message: str) -> None:
     recipe.write_text(text)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -22,10 +23,11 @@ from texttok_cli.config.loader import load_recipe
 from texttok_cli.data import Dataset, open_dataset
 from texttok_cli.data.latents import LatentBatch, LatentStore
 from texttok_cli.data.loader import SampleStream
+from texttok_cli.data.texts import texts_for
 from texttok_cli.diffusion import Sampling, build_process
 from texttok_cli.errors import DataError, RecipeError, TextTokError
 from texttok_cli.files import sha256_file
-from texttok_cli.inference import encode_dataset, load_tokenizer
+from texttok_cli.inference import encode_dataset, encode_folder, load_tokenizer
 from texttok_cli.models.condition import Condition
 from texttok_cli.token_folder import Statistics, TokenFolder
 from texttok_cli.training import generator_session
@@ -314,6 +316,31 @@ def test_a_run_starts_from_a_generators_weights(recipe_file: RecipeFile, tmp_pat
     a, b = load_file(first), load_file(tmp_path / "second" / "model.safetensors")
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)  # all of them
     assert load_generator_file(tmp_path / "second" / "model.safetensors")[1].header.training["started_from_sha256"] == sha256_file(first)
+
+
+def test_classes_that_a_start_knows_keep_their_embeddings(recipe_file: RecipeFile, tmp_path: Path, pictures: Path, models: Path) -> None:
+    train(recipe_file(), tmp_path / "first")
+    for path in pictures.rglob("*.png"):  # of the classes even and odd
+        kind = "odd" if path.parent.name == "odd" else "big" if int(path.stem) > 6 else "zoo"
+        target = tmp_path / "pictures" / kind / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+        shutil.copy(path.with_suffix(".txt"), target.with_suffix(".txt"))
+    tokenizer, dataset = load_tokenizer(models / "text.safetensors", device="cpu"), open_dataset(tmp_path / "pictures")
+    assert tokenizer.text_condition is not None
+    encode_folder(tokenizer, dataset, texts_for(dataset.items, tokenizer.text_condition), tmp_path / "latents")
+    data = {"train": [str(tmp_path / "latents")], "tokenizer": str(models / "text.safetensors")}
+    model = {**TINY["model"], "condition": {**TINY["model"]["condition"], "num_classes": 3}}
+    recipe = recipe_file(data=data, model=model, schedule={"steps": 1, "warmup": 100000})
+    said: list[str] = []
+    start = f"training.start_from={tmp_path / 'first/model.safetensors'}"
+    train(recipe, tmp_path / "second", start, report=Stop(100, signal.SIGTERM, said.append))
+    assert any(line.startswith("1 of 3 classes are among those of") for line in said)
+    (a, first), (b, second) = (load_generator_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert (first.header.classes, second.header.classes) == (["even", "odd"], ["big", "odd", "zoo"])
+    assert a.classes is not None and b.classes is not None
+    torch.testing.assert_close(b.classes.weight, a.classes.weight[[2, 1, 2, 2]], atol=1e-6, rtol=0)  # the last is without a class
+    torch.testing.assert_close(b.embed.weight, a.embed.weight, atol=1e-6, rtol=0)
 
 
 def test_how_a_model_is_sampled_is_in_its_file_and_no_part_of_its_training(recipe_file: RecipeFile, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     if not begin(run, recipe, engine, report):
         return run.model_path
     known = _conditions(recipe, tokenizer, stores, out, engine, report, offline)
-    start = _start(recipe, tokenizer, offline)
+    start = _start(recipe, tokenizer, known.classes, report, offline)
     task = GeneratorTask(recipe, engine, known.conditioners[0], stores[0].statistics, None if start is None else start[0])
     loader = LatentLoader(
         stores[0],
@@ -171,14 +171,25 @@ def _conditions(
     return _Known([class_conditioner(part) for part in ids], classes, [counts[name] for name in classes], captions)
 
 
-def _start(recipe: GeneratorRecipe, tokenizer: ModelInfo, offline: bool) -> tuple[DiT, str] | None:
-    """The model that the run begins with and its sha256, if the recipe names one."""
+def _start(
+    recipe: GeneratorRecipe, tokenizer: ModelInfo, classes: list[str] | None, report: Reporter, offline: bool
+) -> tuple[dict[str, Tensor], str] | None:
+    """The weights that the run begins with and the sha256 of their model, if the recipe names one.
+
+    Classes keep the embeddings of their names; one that the model does not know begins as its unconditional one.
+    """
     name = recipe.training.start_from
     if name is None:
         return None
     dit, info = load_generator_file(find_model(name, offline=offline))
-    check_start(name, info.header.model, recipe.model, same_tokenizer=info.header.tokenizer_sha256 in tokenizer.latents_made_by)
-    return dit, info.sha256
+    theirs, weights = info.header.model, dit.state_dict()
+    if classes is not None and info.header.classes is not None and classes != info.header.classes:
+        theirs = theirs.model_copy(update={"condition": theirs.condition.model_copy(update={"num_classes": len(classes)})})
+        rows = {known: row for row, known in enumerate(info.header.classes)}
+        weights["classes.weight"] = weights["classes.weight"][[*(rows.get(each, -1) for each in classes), -1]]
+        report.message(f"{sum(each in rows for each in classes)} of {len(classes)} classes are among those of {name}")
+    check_start(name, theirs, recipe.model, same_tokenizer=info.header.tokenizer_sha256 in tokenizer.latents_made_by)
+    return weights, info.sha256
 
 
 def _ordered(store: LatentStore, limit: int, device: torch.device) -> Iterator[LatentBatch]:

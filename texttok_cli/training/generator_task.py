@@ -5,7 +5,7 @@ Letters: B this process's batch, N latent tokens, d latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,12 @@ class GeneratorTask:
     """Training of a DiT on latents by its process's loss, with classes or captions dropped at random, and an EMA of its weights."""
 
     def __init__(
-        self, recipe: GeneratorRecipe, engine: Engine, condition: Conditioner, statistics: Statistics, start: DiT | None = None
+        self,
+        recipe: GeneratorRecipe,
+        engine: Engine,
+        condition: Conditioner,
+        statistics: Statistics,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`statistics` are of the raw latents. RecipeError for what only a tokenizer, or only one process, can have."""
         if not isinstance(recipe.model.latents, TokenLatents):
@@ -45,7 +50,7 @@ class GeneratorTask:
         torch.manual_seed(recipe.training.seed)  # the initial weights
         self.model = DiT(recipe.model).to(engine.device)
         if start is not None:
-            self.model.load_state_dict(start.state_dict())
+            self.model.load_state_dict(start)
         # [I] LightningDiT: the paper does not say whether its latents are standardised.
         self.model.latent_mean.copy_(torch.tensor(statistics.mean))
         self.model.latent_std.copy_(torch.tensor([std or 1.0 for std in statistics.std]))  # a channel that never varies stays as it is
