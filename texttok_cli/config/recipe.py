@@ -118,7 +118,8 @@ class TrainConfig(Config):
     """The run itself: what all tasks have in common."""
 
     seed: int = Field(0, ge=0, lt=2**32)
-    # A model of the same configuration whose weights the run begins with: bundled name, path or hf://. A generator's may have other classes.
+    # A model of the same configuration whose weights the run begins with: bundled name, path or hf://. A generator's may have
+    # other classes.
     start_from: str | None = None
     batch_size: int = Field(256, ge=1)  # [I] W.A.L.T; global: over all processes
     accumulate: int = Field(1, ge=1)  # forward and backward passes that a process's part of the batch is split into
