@@ -381,7 +381,7 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
     local = is_offline(offline)
     try:
         return Path(hf_hub_download(repo, "model.safetensors", local_files_only=local))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, RuntimeError):  # the latter before huggingface-hub 2, which tries again over a closed connection
         remedy = ": run once without --offline" if local else ", and the hub does not answer: check the network"
         raise CheckpointError(f"hf://{repo}: model.safetensors is not in the local cache{remedy}, or give a local file instead") from None
     except (OSError, ValueError) as err:  # the hub's own errors are OSErrors, a malformed name is a ValueError
