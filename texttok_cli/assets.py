@@ -264,7 +264,7 @@ def _downloaded(asset: Asset, *, offline: bool) -> Path:
         raise BackendError(f"{asset.what}: neither installed nor cached: {remedy}, or run once without --offline ({asset.bytes:,} bytes)")
     try:
         return _download(asset.hub)
-    # The hub's own errors (no network, no such file, refused) are OSErrors, but for a RuntimeError before huggingface-hub 2 without a network.
+    # The hub's own errors (no network, no such file, refused) are OSErrors; without a network huggingface-hub 1 raises RuntimeError.
     except (OSError, RuntimeError) as error:
         reason = type(error).__name__
         raise BackendError(f"{asset.what}: could not be downloaded from {source} ({reason}): {remedy}") from error
