@@ -3,7 +3,7 @@
     python benchmarks/twins.py SHARD_OR_FOLDER... [-o benchmarks/results/twins.json]
 
 Prints, and writes as JSON, for each input and metric: n, both means, and the mean and standard error of the paired difference.
-The perceptual distances, which cost far more than the models, are taken of every fourth image.
+The perceptual distances of VGG16, which cost far more than the models, are taken of every fourth image.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from texttok_cli.losses import Perceptual
 from texttok_cli.metrics.image import psnr
 
 MODELS = ("texttok-32-128", "baseline-32-128")
-NETS: Final[tuple[LpipsNet, ...]] = ("lpips-alex", "lpips-vgg", "stlpips-vgg")
-PERCEPTUAL_EVERY = 4
+EVERY: Final[dict[LpipsNet, int]] = {"lpips-alex": 1, "lpips-vgg": 4, "stlpips-vgg": 4}  # of how many images one is measured
 
 
 def main() -> None:
@@ -51,14 +50,14 @@ def main() -> None:
 
 def measure(dataset: Dataset, tokenizers: list[Tokenizer]) -> dict[str, object]:
     """All metrics of both models on one data set."""
-    networks = {net: Perceptual(net) for net in NETS}
-    values: dict[str, list[list[Tensor]]] = {metric: [[], []] for metric in ("psnr_db", *NETS)}
+    networks = {net: Perceptual(net) for net in EVERY}
+    values: dict[str, list[list[Tensor]]] = {metric: [[], []] for metric in ("psnr_db", *EVERY)}
     for batch, outputs in _reconstructions(dataset, tokenizers):
-        chosen = batch.indices % PERCEPTUAL_EVERY == 0
         for i, output in enumerate(outputs):
             values["psnr_db"][i].append(psnr(batch.images, output))
-            if chosen.any():
-                for net, distance in networks.items():
+            for net, distance in networks.items():
+                chosen = batch.indices % EVERY[net] == 0
+                if chosen.any():
                     with torch.no_grad():
                         values[net][i].append(distance(batch.images[chosen] / 255, output[chosen] / 255).double())
     return {metric: _compared(*(torch.cat(parts) for parts in both)) for metric, both in values.items()}
