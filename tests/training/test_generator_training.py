@@ -438,6 +438,12 @@ def test_one_class_needs_no_names(recipe_file: RecipeFile, tmp_path: Path, monke
     train(recipe_file(schedule={"steps": 1}), tmp_path / "run", "model.condition={num_classes: 1, dropout: 0}")
     header = load_generator_file(tmp_path / "run" / "model.safetensors")[1].header
     assert (header.classes, header.class_counts) == (["image"], [14])
+    monkeypatch.setattr(
+        LatentStore, "open", staticmethod(lambda *of, **how: replace(found := read(*of, **how), class_names=["cat"] * len(found)))
+    )
+    train(recipe_file(schedule={"steps": 1}), tmp_path / "named", "model.condition={num_classes: 1, dropout: 0}")
+    assert load_generator_file(tmp_path / "named" / "model.safetensors")[1].header.classes == ["cat"]
+    monkeypatch.setattr(LatentStore, "open", nameless)
     with pytest.raises(RecipeError, match=r"the training images have no classes: .* a generator with num_classes 1 needs none"):
         train(recipe_file(), tmp_path / "other")
 

@@ -49,13 +49,14 @@ class Written:
 def without_thoughts(written: Written, *, begun: bool = False) -> Written:
     """What a model says behind the thoughts that it writes down first, if it does; `begun` if its prompt ends in their begin.
 
-    CaptionFailed if it came to nothing else within its limit of tokens.
+    CaptionFailed if it came to nothing else.
     """
     _, mark, answer = written.text.rpartition(END_OF_THOUGHTS)
     if mark and answer.strip():
         return Written(answer.strip(), written.complete)
     if mark or begun or written.text.lstrip().startswith(THOUGHTS):
-        raise CaptionFailed("only thoughts within the token limit; raise --max-tokens, or take a model that does not think")
+        limit = "" if written.complete else " within the token limit; raise --max-tokens, or take a model that does not think"
+        raise CaptionFailed(f"only thoughts{limit}")
     return written
 
 

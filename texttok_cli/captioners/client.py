@@ -70,11 +70,15 @@ class ChatClient:
     def _ask(self, content: str | Sequence[Mapping[str, Any]], max_tokens: int) -> bytes:
         """One request, with the limit of tokens under the name that this endpoint knows it by."""
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        limit = self._limit
         try:
-            return self._send(json.dumps({**body, self._limit: max_tokens}).encode())
+            return self._send(json.dumps({**body, limit: max_tokens}).encode())
         except _OtherLimit:
-            self._limit = NEWER_LIMIT
-            return self._send(json.dumps({**body, self._limit: max_tokens}).encode())
+            if limit == NEWER_LIMIT:
+                raise
+        answer = self._send(json.dumps({**body, NEWER_LIMIT: max_tokens}).encode())
+        self._limit = NEWER_LIMIT
+        return answer
 
     def _given_up(self, err: _TryAgain) -> Exception:
         reason = f"{err} ({self.retries + 1} tries)"

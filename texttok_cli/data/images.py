@@ -38,7 +38,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Of PNGs of other than 8 bits, by Pillow's name of how they are stored.
+# A PNG's transparent grey or colour as 8 bits, by Pillow's name of how pixels of other than 8 bits are stored.
 KEYS = {"L;2": lambda key: key * 85, "L;4": lambda key: key * 17, "RGB;16B": lambda key: key >> 8}
 
 # `warnings.catch_warnings` changes the state of the whole process, and images are opened on several threads.
@@ -65,7 +65,8 @@ def load_image(data: bytes, *, name: str) -> Image.Image:
 def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     """An opened image -> RGB, 8 bits, upright (EXIF), transparency over white, first frame of an animation.
 
-    Grey of 16 bits is scaled (v / 257), CMYK converted without a colour profile; EXIF that can't be read turns nothing.
+    Grey of 16 bits is scaled (v / 257), of 12 too; in a TIFF white may be zero. CMYK is converted without a colour profile; EXIF that can't
+    be read turns nothing. The transparent colour of a PNG of other than 8 bits is right only if nobody loaded its pixels before.
     Raises DataError as `load_image` does.
     """
     if image.width * image.height > MAX_PIXELS:

@@ -189,7 +189,7 @@ def check_names(names: Iterable[str]) -> None:
     """UsageError for a name that is no metric, with what there is; `lpips` alone is not one, as its network must be named."""
     for name in names:
         if name not in METRICS:
-            hint = "; LPIPS has two networks: lpips-alex or lpips-vgg; or stlpips-vgg" if name == "lpips" else ""
+            hint = "; LPIPS has two networks: lpips-alex or lpips-vgg; stlpips-vgg is its shift-tolerant form" if name == "lpips" else ""
             raise UsageError(f"{name}: no such metric; there are {', '.join(METRICS)}{hint}")
 
 

@@ -182,13 +182,15 @@ def _start(
     if name is None:
         return None
     dit, info = load_generator_file(find_model(name, offline=offline))
-    theirs, weights = info.header.model, dit.state_dict()
+    theirs, weights, said = info.header.model, dit.state_dict(), ""
     if classes is not None and info.header.classes is not None and classes != info.header.classes:
         theirs = theirs.model_copy(update={"condition": theirs.condition.model_copy(update={"num_classes": len(classes)})})
         rows = {known: row for row, known in enumerate(info.header.classes)}
         weights["classes.weight"] = weights["classes.weight"][[*(rows.get(each, -1) for each in classes), -1]]
-        report.message(f"{sum(each in rows for each in classes)} of {len(classes)} classes are among those of {name}")
+        said = f"{sum(each in rows for each in classes)} of {len(classes)} classes are among those of {name}"
     check_start(name, theirs, recipe.model, same_tokenizer=info.header.tokenizer_sha256 in tokenizer.latents_made_by)
+    if said:
+        report.message(said)
     return weights, info.sha256
 
 

@@ -206,7 +206,8 @@ def begin(run: RunFolder, recipe: Recipe, engine: Engine, report: Reporter) -> b
 def check_start(name: str, theirs: Config, ours: Config, *, same_tokenizer: bool = True) -> None:
     """RecipeError unless the model that `training.start_from` names is the recipe's, of the tokenizer that its latents are of."""
     said, asked = theirs.model_dump(), ours.model_dump()
-    differs = [key for key in asked if key != SAMPLING and asked[key] != said[key]] or ([] if same_tokenizer else ["its tokenizer"])
+    keys = [key for key in _differing_keys(said, asked) if key.partition(".")[0] != SAMPLING]
+    differs = keys or ([] if same_tokenizer else ["its tokenizer"])
     if differs:
         raise RecipeError(f"training.start_from: {name} is another model than the recipe's (differs in {', '.join(differs)})")
 
