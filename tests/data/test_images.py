@@ -1,3 +1,4 @@
+import io
 import struct
 import warnings
 import zlib
@@ -71,6 +72,14 @@ def test_transparent_colours_lie_over_white():
 def test_16_bit_grey_is_scaled_and_rounded_not_clipped(kind):
     values = np.array([[0, 257, 128 * 257 - 128, 200 * 257 + 128, 65535]], np.uint16)
     assert pixels(encoded(Image.fromarray(values), kind))[0, :, 0].tolist() == [0, 1, 128, 200, 255]
+
+
+def test_a_loaded_image_and_premultiplied_grey_lie_over_white():
+    loaded = Image.open(io.BytesIO(encoded(Image.new("RGB", (2, 1), "red"), transparency=(255, 0, 0))))
+    loaded.load()
+    assert np.asarray(to_rgb(loaded, name="x"))[0].tolist() == [[255, 255, 255]] * 2
+    grey = Image.new("LA", (1, 1), (0, 102)).convert("La")  # black, three fifths of it see-through
+    assert np.asarray(to_rgb(grey, name="x"))[0].tolist() == [[153, 153, 153]]
 
 
 def test_the_transparent_colour_of_pngs_of_other_than_8_bits_lies_over_white():

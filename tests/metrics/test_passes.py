@@ -130,8 +130,9 @@ def test_a_state_of_other_rows_than_images_is_damaged(values: torch.Tensor) -> N
     rows = Rows()
     with pytest.raises(ValueError, match="don't go together"):
         rows.load({"indices": torch.arange(8), "values": values})
-    with pytest.raises(ValueError, match="don't go together"):
-        rows.load({"indices": torch.arange(8.0), "values": torch.arange(8.0)})
+    for indices in (torch.arange(8.0), torch.arange(8)[:, None]):
+        with pytest.raises(ValueError, match="don't go together"):
+            rows.load({"indices": indices, "values": torch.arange(8.0)})
     rows.load({"indices": torch.arange(8), "values": torch.arange(8.0)})
     assert rows.in_order().tolist() == list(range(8))
 
