@@ -231,7 +231,8 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real_images: Tensor) -
 class LeCam(nn.Module):
     """LeCAM regularisation (Tseng et al., CVPR 2021) with its running means of the logits, which are state.
 
-    The means start at 0 as in its authors' StyleGAN2 code, without that code's correction for the start.
+    The means start at 0 as in its authors' StyleGAN2 code, without that code's correction for the start. MAGVIT, which the paper
+    follows, puts a batch's mean logits in the place of each image's.
     """
 
     ema_real: Tensor

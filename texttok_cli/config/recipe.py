@@ -71,7 +71,7 @@ class DiscriminatorConfig(Config):
 
 
 class AdversarialLoss(Config):
-    """GAN with LeCAM (Sec. 3.2, following MAGVIT-v2) and R1 (which the paper does not name), from one optimizer step on."""
+    """GAN (Sec. 4.1, following ViT-VQGAN) with LeCAM (Sec. 3.2, MAGVIT-v2) and R1 (which the paper does not name), from one step on."""
 
     kind: GanKind = "non_saturating"  # [I] MAGVIT
     weight: float = Field(0.1, ge=0)  # [I] config, MAGVIT

@@ -143,7 +143,7 @@ class KLBottleneck(Config):
 
 
 class VQBottleneck(Config):
-    """Vector quantisation by l2-normalised codes (Appendix A names a VQ variant; its settings are not public: [I] TA-TiTok's)."""
+    """Vector quantisation (Appendix A names a VQ variant; its settings are not public: [I] TA-TiTok's; l2-normalised codes: ViT-VQGAN)."""
 
     kind: Literal["vq"]
     codes: int = Field(8192, ge=2, le=1 << 20)

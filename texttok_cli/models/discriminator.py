@@ -18,8 +18,9 @@ class Discriminator(nn.Module):
     A 3 x 3 convolution from RGB to base * multipliers[0] channels; for each multiplier a block that halves the size and
     ends at base * multiplier channels; a 3 x 3 convolution; two linear layers. With base 128 that is 24.19 M parameters
     for [1, 2, 4, 4, 4, 4] at 256 px and 24.08 M for [0.5, 1, 2, 4, 4, 4, 4] at 512 px, both ending at 4 x 4. (MAGVIT's
-    own code starts from `base` channels whatever the multipliers: 24.23 M at 512 px.) Images are independent of each
-    other, and everything is twice differentiable, as R1 needs. Raises ValueError if the size can't be halved that often.
+    own code starts from `base` channels whatever the multipliers: 24.23 M at 512 px; its configs halve by plain means of
+    2 x 2, where StyleGAN's discriminator and this one blur.) Images are independent of each other, and everything is
+    twice differentiable, as R1 needs. Raises ValueError if the size can't be halved that often.
     """
 
     def __init__(self, image_size: int, *, base: int, multipliers: tuple[float, ...]) -> None:
