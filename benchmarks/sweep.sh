@@ -6,27 +6,29 @@
 #
 #   TRAIN='train-{0000..0015}.tar' VAL=val.tar benchmarks/sweep.sh [key=value ...]
 #
-# Any key of the recipe can be changed for all runs, as schedule.steps=2000. TOKENS and KINDS narrow the sweep, SIZE is 256 or 512 pixels,
-# RECIPE the recipes (default the paper's; RECIPE=tiny/KIND-32-128 for small models of any number of tokens, with SIZE=128, which names their runs),
-# IMAGES how many of VAL are evaluated, CAPTION_FIELD which key of a shard's .json is the caption, OUT the folder of everything (default runs/sweep), LAUNCH what starts a run (default texttok; for
-# 8 GPUs 'torchrun --nproc-per-node 8 -m texttok_cli').
+# Any key of the recipe can be changed for all runs, as schedule.steps=2000. TOKENS and KINDS narrow the sweep, SIZE is 256 or 512 pixels or
+# '256 512', RECIPE the recipes (default the paper's; RECIPE=tiny/KIND-32-128 for small models of any number of tokens, with SIZE=128, which
+# names their runs), IMAGES how many of VAL are evaluated (VAL= for none: train alone), CAPTION_FIELD which key of a shard's .json is the
+# caption, OUT the folder of everything (default runs/sweep), LAUNCH what starts a run (default texttok; for 8 GPUs
+# 'torchrun --nproc-per-node 8 -m texttok_cli').
 set -euo pipefail
-: "${TRAIN:?name the training images, e.g. TRAIN='train-{0000..0015}.tar'}" "${VAL:?name held-out images, e.g. VAL=val.tar}"
+: "${TRAIN:?name the training images, e.g. TRAIN='train-{0000..0015}.tar'}" "${VAL?name held-out images, e.g. VAL=val.tar, or none, VAL=}"
 read -ra launch <<< "${LAUNCH:-texttok}"
 if [[ -n "${RECIPE:-}" && "$RECIPE" != *KIND* ]]; then echo "RECIPE=$RECIPE: put KIND where texttok or baseline stands" >&2; exit 2; fi
-out="${OUT:-runs/sweep}" size="${SIZE:-256}"
-mkdir -p "$out/results"
-for tokens in ${TOKENS:-32 64 128 256}; do
-  for kind in ${KINDS:-texttok baseline}; do
-    name="$kind-$tokens-$size"
-    run="$out/$name"
-    recipe="${RECIPE:-tokenizer/$name}"
-    recipe="${recipe//KIND/$kind}"
-    "${launch[@]}" train "$recipe" "model.num_tokens=$tokens" "data.train=$TRAIN" "data.val=$VAL" ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
-    if [ ! -f "$out/results/$name.json" ]; then
-      texttok eval --metric rfid,psnr,ssim --model "$run/model.safetensors" --data "$VAL" \
-        ${IMAGES:+-n "$IMAGES"} ${CAPTION_FIELD:+--caption-field "$CAPTION_FIELD"} -o "$out/results/$name.json"
-    fi
+out="${OUT:-runs/sweep}"
+for size in ${SIZE:-256}; do
+  for tokens in ${TOKENS:-32 64 128 256}; do
+    for kind in ${KINDS:-texttok baseline}; do
+      name="$kind-$tokens-$size"
+      run="$out/$name" result="$out/results/$name.json"
+      recipe="${RECIPE:-tokenizer/$name}"
+      "${launch[@]}" train "${recipe//KIND/$kind}" "model.num_tokens=$tokens" "data.train=$TRAIN" "data.val=${VAL:-[]}" \
+        ${CAPTION_FIELD:+"data.caption_field=$CAPTION_FIELD"} "$@" --out "$run"
+      if [[ -n "$VAL" && ! -f "$result" ]]; then
+        texttok eval --metric rfid,psnr,ssim --model "$run/model.safetensors" --data "$VAL" \
+          ${IMAGES:+-n "$IMAGES"} ${CAPTION_FIELD:+--caption-field "$CAPTION_FIELD"} -o "$result"
+      fi
+    done
   done
 done
-texttok bench report "$out/results" -o "$out/report"
+if [[ -n "$VAL" ]]; then texttok bench report "$out/results" -o "$out/report"; fi
