@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,16 +27,14 @@ class Prompt:
 
     def fill(self, **values: object) -> str:
         """The text with `{name}` replaced by each value; other braces stay as they are."""
-        return _fill(self.text, **values)
+        text = self.text
+        for name, value in values.items():
+            text = text.replace("{" + name + "}", str(value))
+        return text
 
 
 def load_prompt(name: Literal["caption", "unseen"], *, max_words: int) -> Prompt:
     """One of the prompts in prompts.yaml."""
     entry = yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))[name]
-    return Prompt(name, entry["version"], _fill(entry["text"], max_words=max_words))
-
-
-def _fill(text: str, **values: object) -> str:
-    for name, value in values.items():
-        text = text.replace("{" + name + "}", str(value))
-    return text
+    prompt = Prompt(name, entry["version"], entry["text"])
+    return replace(prompt, text=prompt.fill(max_words=max_words))
