@@ -200,12 +200,9 @@ class EvalBatch:
 
 def decoding_threads() -> int:
     """Threads that read and decode images: as many as there are processors for this process, up to MAX_THREADS."""
-    return min(_processors(), MAX_THREADS)
-
-
-def _processors() -> int:
-    """How many this process may use, of which a scheduler or `taskset` may leave it fewer than there are; Linux alone tells."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
+    # A scheduler or `taskset` may leave it fewer than there are; Linux alone tells.
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2
+    return min(processors, MAX_THREADS)
 
 
 def eval_batches(
