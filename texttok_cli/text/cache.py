@@ -18,10 +18,8 @@ _encoding = threading.Lock()  # of all caches: one of its own could be neither c
 class EmbeddingCache:
     """A text encoder that remembers the texts it saw last: at most `max_bytes` of their states (on the encoder's device).
 
-    At least the last batch is kept, even if larger.
-
-    The default is KEPT_TOKENS tokens: a thousand class names, or the batch that is encoded, mirrored and decoded; captions seldom
-    come again.
+    At least the last batch is kept, even if larger. The default is KEPT_TOKENS tokens: a thousand class names, or the batch that is
+    encoded, mirrored and decoded; captions seldom come again.
     Batches are padded to the longest text's next multiple of 8, also where the encoder itself pads further.
     """
 
@@ -40,18 +38,15 @@ class EmbeddingCache:
     def __call__(self, texts: Sequence[str]) -> Condition:
         """Token states (B, T, C) float32; see TextEncoder. Threads may call it, one is answered after the other."""
         with _encoding:
-            return self._condition(texts)
-
-    def _condition(self, texts: Sequence[str]) -> Condition:
-        missing = [text for text in dict.fromkeys(texts) if text not in self._states]
-        if missing:
-            for text, states in zip(missing, unpad(self.encoder(missing)), strict=True):
-                self._states[text] = states
-                self._bytes += states.nbytes
-        for text in texts:
-            self._states.move_to_end(text)
-        condition = pad([self._states[text] for text in texts], self.max_tokens)
-        while self._bytes > self.max_bytes and len(self._states) > len(set(texts)):
-            _, oldest = self._states.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return condition
+            missing = [text for text in dict.fromkeys(texts) if text not in self._states]
+            if missing:
+                for text, states in zip(missing, unpad(self.encoder(missing)), strict=True):
+                    self._states[text] = states
+                    self._bytes += states.nbytes
+            for text in texts:
+                self._states.move_to_end(text)
+            condition = pad([self._states[text] for text in texts], self.max_tokens)
+            while self._bytes > self.max_bytes and len(self._states) > len(set(texts)):
+                _, oldest = self._states.popitem(last=False)
+                self._bytes -= oldest.nbytes
+            return condition
