@@ -178,18 +178,9 @@ def _summary(job: Files | Folder, tokenizer: Tokenizer, readable: int, failed: i
     Tokens count with the bits they are stored in, codes with those that name one of K.
     """
     summary: dict[str, object] = {"out": job.out, "model": tokenizer.info.name, "images": job.encoded}
-    if job.mirrored:
-        summary["mirrored"] = job.mirrored
-    if readable > job.encoded:
-        summary["already_there"] = readable - job.encoded
-    if job.replaced:
-        summary["replaced"] = len(job.replaced)
-    if job.others:
-        summary["other_images"] = len(job.others)
-    if job.same:
-        summary["same_under_other_ids"] = len(job.same)
-    if failed:
-        summary["failed"] = failed
+    more = {"mirrored": job.mirrored, "already_there": readable - job.encoded, "replaced": len(job.replaced)}
+    more |= {"other_images": len(job.others), "same_under_other_ids": len(job.same), "failed": failed}
+    summary |= {name: count for name, count in more.items() if count}
     if job.encoded:
         pixels = 3 * tokenizer.cfg.image_size**2
         summary["tokens_per_image"] = tokenizer.cfg.num_tokens
