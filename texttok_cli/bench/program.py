@@ -43,18 +43,8 @@ def start(task: Task) -> Iterator[Target]:
         photo = Path(folder) / "photo.png"
         Image.linear_gradient("L").convert("RGB").save(photo)
         for run in range(RUNS + 1):
-            encode = [
-                "encode",
-                str(photo),
-                "--caption",
-                "a grey ramp",
-                "-o",
-                f"{folder}/{run}.tok.safetensors",
-                "--device",
-                device,
-                *HUSHED,
-            ]
-            seconds["encode"].append(_seconds("-m", "texttok_cli", *encode))
+            encode = ("encode", str(photo), "--caption", "a grey ramp", "-o", f"{folder}/{run}.tok.safetensors")
+            seconds["encode"].append(_seconds("-m", "texttok_cli", *encode, "--device", device, *HUSHED))
             seconds["bare"].append(_seconds("-c", BARE))
     warm = {name: values[1:] for name, values in seconds.items()}
     note = f"{median(warm['encode']):.2f} s; against importing torch and tokenizers and reading both weight files; {RUNS} runs, wall clock"
@@ -81,10 +71,12 @@ def memory(task: Task) -> Iterator[Target]:
 
 
 def _seconds(*arguments: str) -> float:
-    """Of a process of this Python."""
+    """Of a process of this Python. BackendError if it fails."""
     before = time.perf_counter()
-    _run(*arguments)
-    return time.perf_counter() - before
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    took = time.perf_counter() - before
+    _check_done(done.returncode, done.stderr)
+    return took
 
 
 def _resident(*arguments: str) -> list[float]:
@@ -99,12 +91,6 @@ def _resident(*arguments: str) -> list[float]:
         said.seek(0)
         _check_done(process.returncode, said.read().decode())
     return seen
-
-
-def _run(*arguments: str) -> None:
-    """A process of this Python. BackendError if it fails."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    _check_done(done.returncode, done.stderr)
 
 
 def _check_done(code: int, said: str) -> None:
