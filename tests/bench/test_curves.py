@@ -18,7 +18,7 @@ def test_gains_are_those_that_the_paper_lists() -> None:
 
 def test_mean_gain_takes_the_numbers_of_tokens_that_both_have() -> None:
     assert mean_gain({32: 4.0, 64: 2.0, 128: 9.0}, {32: 2.0, 64: 1.5, 256: 1.0}) == pytest.approx((50 + 25) / 2)
-    with pytest.raises(ValueError, match="in both"):
+    with pytest.raises(ValueError):
         mean_gain({32: 4.0}, {64: 1.0})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,7 @@ def gains(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, 
 
 def mean_gain(before: Mapping[int, float], after: Mapping[int, float]) -> float:
     """Mean of the gains over numbers of tokens, each counted once. ValueError if there is none that both have."""
-    found = gains(before, after)
-    if not found:
-        raise ValueError("no number of tokens is in both")
-    return sum(found.values()) / len(found)
+    return fmean(gains(before, after).values())
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
