@@ -47,9 +47,8 @@ def open_system(series: Series, *, images: int, seed: int, device: torch.device,
 
     Raises DataError, CheckpointError or BackendError for what is not available.
     """
-    if not series.generator.startswith(ORIGINAL):
-        return TexTokSystem(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
-    return OriginalDiT(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
+    kind: type[OriginalDiT | TexTokSystem] = OriginalDiT if series.generator.startswith(ORIGINAL) else TexTokSystem
+    return kind(series, images=images, seed=seed, device=device, precision=precision, offline=offline)
 
 
 class TexTokSystem:

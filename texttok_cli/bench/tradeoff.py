@@ -38,9 +38,8 @@ class Series(Config):
 
     name: str = Field(min_length=1)
     generator: str  # a generator's file or bundled name, or baseline:dit=FILE, the original DiT
-    tokenizer: str | None = (
-        None  # its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER
-    )
+    # Its file, where the generator's own can't be found by its hash; of the original DiT baseline:sd-vae=FOLDER.
+    tokenizer: str | None = None
     captions: Path | None = None  # class models: unseen captions instead of those beside the generator's file
     labels: Labels = "equal"  # class models: as `texttok sample --labels`
     prompts: Path | None = None  # text models: as `texttok sample --prompts`; the first of them are used
