@@ -44,7 +44,6 @@ def main() -> None:
     }
     print(json.dumps(result["sets"], indent=1))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, result)
 
 
