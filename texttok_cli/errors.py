@@ -1,13 +1,4 @@
-"""What can go wrong through a person's input or machine, as one tree.
-
-    TextTokError          one clear line: what, where, what to do
-    |- UsageError         a command that asks for what can't be: options that exclude each other, a name that there is not
-    |- RecipeError        a recipe or an override: unknown key, impossible value
-    |- DataError          an image, caption file, manifest or shard
-    |- CheckpointError    a model file or a training state
-    |- TokenFileError     a token file
-    |- TrainingError      a run that diverged
-    |- BackendError       weights or a library that is not there, or a device that can't
+"""What can go wrong through a person's input or machine.
 
 The command line prints the message and exits with 2 for a UsageError, else with 1; a bug of ours raises something else and
 keeps its traceback.
