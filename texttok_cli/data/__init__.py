@@ -2,7 +2,7 @@
 
 from texttok_cli.data.images import center_crop, load_image, normalize, save_png, save_pngs, to_image, to_rgb, to_tensor, to_uint8
 from texttok_cli.data.items import Dataset, Item, Skipped, evenly_spaced
-from texttok_cli.data.loader import Batch, EvalBatch, SampleStream, TrainLoader, eval_batches
+from texttok_cli.data.loader import Batch, EvalBatch, TrainLoader, eval_batches
 from texttok_cli.data.sources import SAMPLE_SET, open_dataset
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Dataset",
     "EvalBatch",
     "Item",
-    "SampleStream",
     "Skipped",
     "TrainLoader",
     "center_crop",

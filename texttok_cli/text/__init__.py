@@ -2,6 +2,6 @@
 
 from texttok_cli.text.base import TextEncoder, cut_off, load_text_encoder
 from texttok_cli.text.cache import EmbeddingCache
-from texttok_cli.text.corpus import CorpusEmbeddings, embed_corpus, estimate_bytes
+from texttok_cli.text.corpus import embed_corpus, estimate_bytes
 
-__all__ = ["CorpusEmbeddings", "EmbeddingCache", "TextEncoder", "cut_off", "embed_corpus", "estimate_bytes", "load_text_encoder"]
+__all__ = ["EmbeddingCache", "TextEncoder", "cut_off", "embed_corpus", "estimate_bytes", "load_text_encoder"]
