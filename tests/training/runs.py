@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.training.loop import Interrupted
 from texttok_cli.training.report import Reporter
 from texttok_cli.training.session import run_training
 
@@ -45,6 +46,23 @@ def newest_state(out: Path) -> dict[str, torch.Tensor]:
 def metrics(out: Path, key: str = "loss") -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    different = a.keys() ^ b.keys() or {key for key in a if not torch.equal(a[key], b[key])}
+    assert not different, different
+
+
+def assert_it_goes_on_to_the_bit(recipe: Path, folder: Path) -> None:
+    """Of six steps, stopped after three: state, model and log are those of a run that was not stopped."""
+    whole = train(recipe, folder / "whole")
+    with pytest.raises(Interrupted, match="step 3"):
+        train(recipe, folder / "parts", report=Stop(3, signal.SIGTERM))
+    torch.manual_seed(123)  # a resumed process begins with another random state
+    assert_same_bits(whole, train(recipe, folder / "parts"))
+    assert_same_bits(*(load_file(folder / run / "model.safetensors") for run in ("whole", "parts")))
+    steps, again = ([(line["step"], line["loss"], line["grad_norm"]) for line in metrics(folder / run)] for run in ("whole", "parts"))
+    assert steps == again and [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6], (steps, again)
 
 
 def launched(recipe: Path, out: Path, **environment: str) -> str:

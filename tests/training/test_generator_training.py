@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import Stop, launched, metrics, newest_state, train
+from runs import Stop, assert_it_goes_on_to_the_bit, launched, metrics, newest_state, train
 from safetensors.torch import load_file
 
 from texttok_cli.checkpoint import caption_hash, load_generator_file
@@ -85,17 +85,7 @@ def recipe_file(tmp_path: Path, store: Path, models: Path) -> RecipeFile:
 )
 def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {section: {**TINY[section], **value} for section, value in changes.items()}
-    recipe = recipe_file(**changes)
-    whole = train(recipe, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="step 3"):
-        train(recipe, tmp_path / "parts", report=Stop(3, signal.SIGTERM))
-    torch.manual_seed(123)  # a resumed process begins with another random state
-    parts = train(recipe, tmp_path / "parts")
-    for a, b in ((whole, parts), *((load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts")),)):
-        assert a.keys() == b.keys() and not [key for key in a if not torch.equal(a[key], b[key])]
-    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "whole")]
-    assert steps == [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "parts")]
-    assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+    assert_it_goes_on_to_the_bit(recipe_file(**changes), tmp_path)
 
 
 def test_a_run_leaves_a_generator_that_knows_what_it_was_trained_on(

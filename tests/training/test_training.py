@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 from PIL import Image
-from runs import ENVIRONMENT, QUIET, Stop, launched, metrics, newest_state, train
+from runs import ENVIRONMENT, QUIET, Stop, assert_it_goes_on_to_the_bit, assert_same_bits, launched, metrics, newest_state, train
 from safetensors.torch import load_file
 
 import texttok_cli
@@ -48,12 +48,6 @@ from texttok_cli.training.tokenizer_task import TokenizerTask
 RecipeFile = Callable[..., Path]
 
 
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not different
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,17 +61,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     ids=["fp32", "bf16", "workers", "muon", "vq", "kl"],
 )
 def test_three_steps_and_three_more_are_six_to_the_bit(recipe_file: RecipeFile, tmp_path: Path, changes: dict) -> None:
-    recipe = recipe_file(**changes)
-    whole = train(recipe, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="step 3"):
-        train(recipe, tmp_path / "parts", report=Stop(3, signal.SIGTERM))
-    torch.manual_seed(123)  # a resumed process begins with another random state
-    parts = train(recipe, tmp_path / "parts")
-    assert_same_bits(whole, parts)
-    assert_same_bits(load_file(tmp_path / "whole" / "model.safetensors"), load_file(tmp_path / "parts" / "model.safetensors"))
-    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "whole")]
-    assert steps == [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(tmp_path / "parts")]
-    assert [step for step, *_ in steps] == [1, 2, 3, 4, 5, 6]
+    assert_it_goes_on_to_the_bit(recipe_file(**changes), tmp_path)
 
 
 @pytest.mark.parametrize(
