@@ -145,7 +145,7 @@ class Generator:
             class_ids=None if self.num_classes is None else torch.tensor(class_ids, device=device),
             cond=None if self.text is None else self.text(texts).to(device),
             guide=self.guide,
-            autocast=self.precision == "bf16",
+            precision=self.precision,
         )
         # The detokenizer reads the same texts: their embeddings are in the cache that both share.
         return self.tokenizer.decode(z, None if self.tokenizer.text_condition is None else texts)

@@ -24,7 +24,7 @@ from texttok_cli.errors import CheckpointError, DataError, TokenFileError
 from texttok_cli.models.bottleneck import VQ, Latents
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.devices import pick_device
-from texttok_cli.models.layers import in_precision
+from texttok_cli.models.layers import autocast, in_precision
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.text import EmbeddingCache, load_text_encoder
 from texttok_cli.token_folder import writing
@@ -110,7 +110,7 @@ class Tokenizer:
         if not len(z) or z.shape[1:] != expected:
             raise DataError(f"{self.info.name}: latents are {tuple(z.shape)}, not (B, {expected[0]}, {expected[1]})")
         cond = self._condition(captions, len(z))
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.device, self.precision):
             images = self.model.decode(z.to(self.device, torch.float32), cond)
         if not images.isfinite().all():  # as bytes they would be black
             raise DataError(
@@ -184,7 +184,7 @@ class Tokenizer:
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
             raise DataError(f"images are {pixels.dtype} {tuple(pixels.shape)}, not torch.uint8 (B, 3, {size}, {size})")
         cond = self._condition(captions, len(pixels))
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.device, self.precision):
             return self.model.encode(normalize(pixels.to(self.device)), cond)
 
     def _condition(self, captions: str | Sequence[str] | None, n: int) -> Condition | None:
@@ -206,9 +206,6 @@ class Tokenizer:
         assert classes is not None
         ids = ids_among(classes, ((f"image {i}", name) for i, name in enumerate(texts)))
         return self.model.resolve(None, torch.tensor(ids, device=self.device))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def load_tokenizer(

@@ -147,7 +147,7 @@ def test_replayed_steps_are_those_of_single_kernels(cfg: str, monkeypatch: pytes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there steps are recorded as CUDA graphs")
 def test_steps_are_recorded_again_for_the_next_batch() -> None:
     model, ids = build().cuda(), IDS.cuda()
-    first, second = (draw(model, class_ids=ids, autocast=True) for _ in range(2))
+    first, second = (draw(model, class_ids=ids, precision="bf16") for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
@@ -194,7 +194,7 @@ def test_no_step_waits_for_the_device(condition: dict, kind: str, sampler: str) 
 
 def test_bf16_is_close_to_fp32() -> None:
     model = build(process={"kind": "flow"})
-    half, full = draw(model, autocast=True), draw(model)
+    half, full = draw(model, precision="bf16"), draw(model)
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.1 * full.std()
 

@@ -466,7 +466,7 @@ def test_a_preview_has_the_conditions_of_its_images_and_guidance_if_there_can_be
 ) -> None:
     asked: list[tuple[Sampling, list[int], list[int]]] = []
 
-    def sample(dit: Any, how: Sampling, *, seeds: Sequence[int], class_ids: torch.Tensor, autocast: bool) -> torch.Tensor:
+    def sample(dit: Any, how: Sampling, *, seeds: Sequence[int], class_ids: torch.Tensor, precision: str) -> torch.Tensor:
         asked.append((how, list(seeds), class_ids.tolist()))
         return torch.zeros(len(seeds), 4, 8)
 

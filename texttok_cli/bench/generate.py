@@ -78,7 +78,7 @@ def untrained_dit(cfg: GeneratorConfig, where: Where) -> DiT:
 def guided_sampling(dit: DiT, batch: int, how: Sampling, where: Where) -> Workload:
     """A whole sampling run of a batch, each sample of another class."""
     class_ids = _classes(dit, batch, where)
-    return lambda: sample(dit, how, seeds=range(batch), class_ids=class_ids, autocast=where.precision == "bf16")
+    return lambda: sample(dit, how, seeds=range(batch), class_ids=class_ids, precision=where.precision)
 
 
 def guided_forward(dit: DiT, batch: int, where: Where) -> Workload:

@@ -17,7 +17,7 @@ from texttok_cli.config import Precision
 from texttok_cli.config.schema import GeneratorConfig, TokenizerConfig
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.devices import without_weights
-from texttok_cli.models.layers import in_precision
+from texttok_cli.models.layers import autocast, in_precision
 from texttok_cli.models.tokenizer import TexTok
 
 T5_OF_SIZE = {256: "XL", 512: "XXL"}  # Sec. 4.1
@@ -44,16 +44,12 @@ class Where:
     device: torch.device
     precision: Precision
 
-    def autocast(self) -> torch.autocast:
-        """The context in which models compute."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
     def inference(self, work: Workload) -> Workload:
         """The work as models are run: in the precision, without gradients."""
 
         @torch.inference_mode()
         def run() -> object:
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 return work()
 
         return run

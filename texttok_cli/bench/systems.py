@@ -24,7 +24,7 @@ from texttok_cli.diffusion import sample
 from texttok_cli.errors import DataError
 from texttok_cli.files import sha256_file
 from texttok_cli.generation import Generator, Request, load_generator
-from texttok_cli.models.layers import in_precision
+from texttok_cli.models.layers import autocast, in_precision
 from texttok_cli.text import EmbeddingCache
 
 ORIGINAL = f"{PREFIX}dit="  # as a series' generator: baseline:dit=DiT-XL-2-256x256.pt
@@ -123,7 +123,7 @@ class OriginalDiT:
             setting.sampling,
             seeds=[self.seed + number for number in numbers],
             class_ids=torch.tensor([self.labels[number] for number in numbers], device=self.device),
-            autocast=self.precision == "bf16",
+            precision=self.precision,
         )
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.device, self.precision):
             return self.decoder.decode(z)

@@ -26,7 +26,7 @@ from texttok_cli.diffusion import build_process
 from texttok_cli.losses import l2
 from texttok_cli.models.condition import Condition
 from texttok_cli.models.dit import DiT
-from texttok_cli.models.layers import DTYPES, fused_is_faster
+from texttok_cli.models.layers import DTYPES, autocast, fused_is_faster
 from texttok_cli.models.tokenizer import TexTok
 from texttok_cli.token_folder import Statistics
 from texttok_cli.training.engine import Engine
@@ -127,7 +127,7 @@ def _tokenizer_loss(recipe: TokenizerRecipe, where: Where) -> tuple[TexTok, Call
 
     def loss() -> Tensor:
         x = normalize(images.to(where.device))
-        with where.autocast():
+        with autocast(where.device, where.precision):
             output, _ = network(x, cond)
         return l2((x + 1) / 2, (output.float() + 1) / 2)
 
@@ -171,7 +171,7 @@ def _generator_loss(recipe: GeneratorRecipe, where: Where) -> tuple[DiT, Callabl
     t, noise = process.sample_times(len(x0), torch.Generator(where.device).manual_seed(0)), torch.randn_like(x0)
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
-        with where.autocast():
+        with autocast(where.device, where.precision):
             output: Tensor = model(x, time, class_ids)
         return output
 

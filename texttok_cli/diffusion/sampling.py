@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from texttok_cli.config import Precision
 from texttok_cli.config.guidance import Guidance, parse_cfg
 from texttok_cli.config.schema import FITTING, GeneratorConfig
 from texttok_cli.diffusion.process import Denoised, Process, Schedule, build_process, split_output
@@ -49,13 +50,13 @@ def sample(
     class_ids: Tensor | None = None,
     cond: Condition | None = None,
     guide: DiT | None = None,
-    autocast: bool = False,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Raw latents (B, N, d), of a feature map (B, d, S, S), float32 on the model's device: one of each seed.
 
     `class_ids` (B,) or `cond` (B, T, C) are on that device. With `guide`, a weaker model of the same kind, guidance goes away
     from its conditional prediction instead of from the null condition's (autoguidance, Karras et al., 2024).
-    `autocast` runs the networks in bf16; the latents stay float32. Raises RecipeError for a sampler that isn't the process's,
+    `precision` is the networks'; the latents stay float32. Raises RecipeError for a sampler that isn't the process's,
     a number of steps it can't take and a guide of another kind.
     """
     if guide is not None:
@@ -63,7 +64,7 @@ def sample(
     process, schedule, weights = plan_sampling(dit.cfg, how, by_null=guide is None)
     device = dit.latent_mean.device
     rng = SampleRng(seeds, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         times = torch.tensor(schedule.times, device=device)
         guided = any(weight != 1 for weight in weights)
         network = dit.prepare(times, class_ids, cond, null=guided and guide is None)

@@ -154,6 +154,11 @@ def in_precision(model: Model, precision: Precision) -> Model:
     return model
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a model computes in this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def exact_convolutions() -> AbstractContextManager[None]:
     """Within it cuDNN's convolutions don't round float32 to TF32, their default: what is measured would depend on the machine."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -223,8 +223,8 @@ class _Preview:
         process = self.recipe.model.process
         steps = min(GRID_STEPS, process.timesteps) if process.kind == "ddpm" else GRID_STEPS
         how = Sampling(FITTING[process.kind][0], steps, parse_cfg(GRID_CFG if self.recipe.model.condition.dropout else "1"))
-        autocast = self.recipe.training.precision == "bf16"
-        return self._decode(sample(dit, how, seeds=range(len(self.reconstructions)), autocast=autocast, **self.condition))
+        seeds, precision = range(len(self.reconstructions)), self.recipe.training.precision
+        return self._decode(sample(dit, how, seeds=seeds, precision=precision, **self.condition))
 
     @torch.no_grad()
     def _decode(self, z: Tensor) -> Tensor:
