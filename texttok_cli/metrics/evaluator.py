@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -95,10 +94,10 @@ class Evaluator:
                 side.update(batch.indices, self.inception(images))
         if samples is not None and references is not None:
             for name, values in self._compared(references, samples).items():
-                self.evidence.by_image[name].add(batch.indices, values)
+                found.by_image[name].add(batch.indices, values)
         if samples is not None and self.clip is not None:
             for name, values in self._fit(samples, batch.captions).items():
-                self.evidence.by_image[name].add(batch.indices, values)
+                found.by_image[name].add(batch.indices, values)
 
     @torch.no_grad()
     def _compared(self, references: Tensor, samples: Tensor) -> dict[str, Tensor]:
@@ -164,11 +163,9 @@ class Work:
 
     def batches(self, batch_size: int, *, start: int = 0) -> Iterator[Batch]:
         """Batches from image number `start` of this process on. The last batch of the samples and of the references may be short."""
-        parts = []
         for kind, indices in self._parts():
-            parts.append(kind(indices[start:], batch_size))
+            yield from kind(indices[start:], batch_size)
             start = max(0, start - len(indices))
-        return chain.from_iterable(parts)
 
     def _parts(self) -> list[tuple[Callable[[range, int], Iterator[Batch]], range]]:
         if self.paired:

@@ -70,7 +70,7 @@ class FileImages(Images):
 
     def __init__(self, dataset: Dataset, *, crop_to: int | None = None) -> None:
         if dataset.skipped:
-            raise DataError(f"{dataset.skipped[0].id}: {dataset.skipped[0].reason}; an evaluation needs every image: fix or remove it")
+            _refuse(dataset.skipped[0].id, dataset.skipped[0].reason)
         self.dataset, self.stored = dataset, crop_to is None
         self.ids = [item.id for item in dataset.items]
         first = load_image(dataset.read(0), name=self.ids[0])
