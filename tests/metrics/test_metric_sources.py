@@ -13,8 +13,8 @@ from gaussians import gaussian_of
 from texttok_cli.data import Dataset, Item, open_dataset
 from texttok_cli.errors import DataError
 from texttok_cli.metrics import sources
-from texttok_cli.metrics.pairs import by_number
 from texttok_cli.metrics.sources import FileImages, NpzImages, TensorImages, read_npz_reference, write_statistics, writing_npz
+from texttok_cli.metrics.stored import by_number
 
 Draw = Callable[..., Path]
 
