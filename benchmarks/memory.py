@@ -17,11 +17,7 @@ import typer
 from texttok_cli.files import write_json
 
 
-def main(
-    folder: Path,
-    out: Annotated[Path, typer.Option("--out", "-o")],
-    model: str = "baseline-32-128",
-) -> None:
+def main(folder: Path, out: Annotated[Path, typer.Option("--out", "-o")], model: str = "baseline-32-128") -> None:
     """Encode FOLDER with MODEL, and look on."""
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as tokens:

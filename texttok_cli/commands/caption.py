@@ -60,8 +60,7 @@ def caption(
         typer.Option(metavar="K", min=1, help="Instead of captioning the images, write K captions per class that none of them has."),
     ] = None,
     writer: Annotated[
-        WriterName,
-        typer.Option(help="Unseen captions: attributes combines measured words; lm and endpoint ask a language model."),
+        WriterName, typer.Option(help="Unseen captions: attributes combines measured words; lm and endpoint ask a language model.")
     ] = "attributes",
     captions: Annotated[Path | None, typer.Option(help="Unseen captions: a captions.jsonl of the training images.")] = None,
     caption_field: Annotated[

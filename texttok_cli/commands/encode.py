@@ -41,8 +41,7 @@ def encode(
     out: OutOption = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also the tokens of every mirrored image, into the same folder.")] = False,
     dtype: Annotated[
-        LatentDtype | None,
-        typer.Option(help="How latents are stored: default fp16. Codes of a VQ model are integers."),
+        LatentDtype | None, typer.Option(help="How latents are stored: default fp16. Codes of a VQ model are integers.")
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="M", help="A bundled name, a model file, or hf://owner/name.")

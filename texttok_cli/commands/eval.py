@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from texttok_cli.commands.eval_checks import (
-    check_comparing,
-    check_one_model,
-    check_targets,
-    check_used,
-)
+from texttok_cli.commands.eval_checks import check_comparing, check_one_model, check_targets, check_used
 from texttok_cli.commands.eval_progress import show
 from texttok_cli.commands.eval_report import compare_reports, finish
 from texttok_cli.commands.options import (

@@ -105,13 +105,7 @@ def sample(
     file = find_model(model or bundled_generator("class" if texts is None else "text"), offline=offline)
     how = _how(file, sampler, steps, cfg, guide)
     generator = load_generator(
-        file,
-        tokenizer=tokenizer,
-        captions=captions,
-        guide=guide,
-        device=processes.device(device),
-        precision=precision,
-        offline=offline,
+        file, tokenizer=tokenizer, captions=captions, guide=guide, device=processes.device(device), precision=precision, offline=offline
     )
     requests = _requests(generator, classes, texts, labels, number, seed)
     made_by = _made_by(generator, how, labels)

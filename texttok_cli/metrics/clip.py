@@ -29,12 +29,7 @@ class ClipScorer:
     """
 
     def __init__(
-        self,
-        name: str = CLIP_NAME,
-        weights: str = CLIP_WEIGHTS,
-        *,
-        device: torch.device | str = "cpu",
-        offline: bool = False,
+        self, name: str = CLIP_NAME, weights: str = CLIP_WEIGHTS, *, device: torch.device | str = "cpu", offline: bool = False
     ) -> None:
         import open_clip
 

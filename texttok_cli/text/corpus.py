@@ -72,11 +72,7 @@ class CorpusEmbeddings:
 
 
 def embed_corpus(
-    encoder: TextEncoder,
-    texts: Iterable[str],
-    folder: Path,
-    *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    encoder: TextEncoder, texts: Iterable[str], folder: Path, *, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> CorpusEmbeddings:
     """Embed every different text into `folder`, unless it is there already, and open the folder.
 
