@@ -21,7 +21,6 @@ from texttok_cli.commands.train import train
 from texttok_cli.errors import TextTokError, UsageError
 
 app = typer.Typer(
-    help="Language-guided image tokenization: images and their captions to a few tokens and back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
