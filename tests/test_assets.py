@@ -62,7 +62,7 @@ def test_a_file_is_hashed_once(own_asset: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["minilm", "stlpips-vgg"])
-def test_missing_and_offline_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_and_offline_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "_in_package", lambda asset: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, filename: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, filename: pytest.fail("the network was asked"))

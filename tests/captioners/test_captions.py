@@ -136,7 +136,7 @@ def test_a_loaded_picture_is_upright_already(picture: Picture) -> None:
     assert CaptionInput(load_image(buffer.getvalue(), name="x")).image.size == CaptionInput(Image.open(buffer)).image.size == (30, 40)
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_what_is_no_picture_is_named() -> None:
     with pytest.raises(DataError, match="str: is not a PIL image"):
         CaptionInput("img.png")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="a PIL image: its pixels are floating point"):

@@ -228,7 +228,7 @@ def test_one_refused_image_is_not_asked_for_again(endpoint: Served) -> None:
     assert len(endpoint.requests) == 3
 
 
-def test_nobody_there(endpoint: Served) -> None:
+def test_nobody_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -120,7 +120,7 @@ def test_files_of_several_models_in_one_run(decode: Run, make: Callable[..., Tok
     assert run.code == 1 and "plain: takes no captions" in one_line(run.err)
 
 
-def test_the_wrong_model_is_refused(decode: Run, make: Callable[..., Tokens], models: Path, tmp_path: Path) -> None:
+def test_the_wrong_model_is_refused(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
     file = tmp_path / "a.tok.safetensors"
     save_tokens(file, make("a.png"))
     run = decode(file, "--model", "other")

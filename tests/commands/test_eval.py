@@ -59,9 +59,7 @@ def numbers(outcome: Any) -> dict[str, float]:
 # ------------------------------------------------------------------ a model
 
 
-def test_rfid_alone_measures_the_default_model_on_the_bundled_set(
-    texttok: Run, bundled: Path, fake: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rfid_alone_measures_the_default_model_on_the_bundled_set(texttok: Run, bundled: Path, fake: None) -> None:
     (bundled / f"{inference.DEFAULT_MODEL}.safetensors").write_bytes((bundled / "text.safetensors").read_bytes())
     outcome = texttok("eval", "--metric", "rfid")
     assert outcome.code == 0
@@ -296,7 +294,7 @@ def test_samples_of_another_size_than_the_references_are_told(
     assert "pixels a side" not in texttok("eval", "--metric", "gfid", "--samples", samples, "--ref", same).err
 
 
-def test_samples_in_jpeg_files_are_told(texttok: Run, draw: Draw, samples: Path, pictures: Path, fake: None, tmp_path: Path) -> None:
+def test_samples_in_jpeg_files_are_told(texttok: Run, samples: Path, pictures: Path, fake: None, tmp_path: Path) -> None:
     """By what is in the files: the loss is in the number, which is not comparable with one of PNG files."""
     options = ("eval", "--metric", "gfid", "--ref", pictures, "--json", "--samples")
     whole = texttok(*options, samples)
@@ -634,9 +632,7 @@ def test_samples_are_not_called_sorted_where_the_class_of_some_is_unknown(
     assert outcome.code == 0 and "sorted by class" not in outcome.err
 
 
-def test_numbers_are_printed_before_files_are_written(
-    texttok: Run, samples: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_are_printed_before_files_are_written(texttok: Run, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device", "page.html")
 

@@ -88,7 +88,7 @@ def test_codes_are_not_called_channels(texttok: Run, models: Path, pictures: Pat
     assert (card["tokens"], card["codes"], card["channels"]) == (4, 1024, None) and "<td>4 of 1,024 codes</td>" in page.read_text()
 
 
-def test_stored_samples_with_their_originals_and_without(texttok: Run, pictures: Path, draw: Draw, tmp_path: Path) -> None:
+def test_stored_samples_with_their_originals_and_without(texttok: Run, pictures: Path, tmp_path: Path) -> None:
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(pictures.glob("*.png"))])
     np.savez(tmp_path / "samples.npz", pixels // 2)
     page = tmp_path / "page.html"

@@ -308,7 +308,7 @@ def test_lazy_r1_is_in_every_line_of_the_log_once_there_is_one(recipe_file: Reci
     assert [line["step"] for line in metrics(tmp_path / "run", "d_r1")] == [2, 4]
 
 
-def test_a_resumed_discriminator_has_its_moments_in_its_own_memory_format(recipe_file: RecipeFile, tmp_path: Path) -> None:
+def test_a_resumed_discriminator_has_its_moments_in_its_own_memory_format(tmp_path: Path) -> None:
     """Fused Adam refuses another."""
     net = Discriminator(16, base=4, multipliers=(1, 2))
     adam = torch.optim.Adam(net.parameters())
@@ -776,7 +776,7 @@ def test_a_real_perceptual_network_teaches_a_detokenizer(net: str, recipe_file: 
 
 
 @pytest.mark.parametrize("bottleneck", ["continuous", "vq"])
-def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile, tmp_path: Path, pictures: Path, bottleneck: str) -> None:
+def test_a_detokenizer_alone_leaves_latents_as_they_are(recipe_file: RecipeFile, tmp_path: Path, bottleneck: str) -> None:
     model = f"model.bottleneck.kind={bottleneck}"
     train(recipe_file(training={"weights": "fp32"}), tmp_path / "first", model)
     first = tmp_path / "first" / "model.safetensors"
