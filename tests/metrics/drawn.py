@@ -1,11 +1,11 @@
 """Images that no file holds, and networks that see thousands of them in no time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from texttok_cli.metrics.inception import Features
-from texttok_cli.metrics.sources import Images
+from texttok_cli.metrics.sources import TensorImages
 
 DIM = 32  # in the place of 2048 and 2023
 
@@ -27,25 +27,11 @@ class FakeInception(torch.nn.Module):
         return Features(*(x @ weight for weight in self.weights))
 
 
-class Drawn(Images):
+class Drawn(TensorImages):
     """n images of 4 x 4 random pixels."""
 
-    crop, size = "as stored", 4
-
     def __init__(self, n: int, seed: int) -> None:
-        self.ids = [str(i) for i in range(n)]
-        self.pixels = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, len(indices), batch_size):
-            chosen = torch.tensor(indices[start : start + batch_size])
-            yield chosen, self.pixels[chosen]
-
-    def identity(self) -> str:
-        return self.fingerprint()
-
-    def fingerprint(self) -> str:
-        return "drawn"
+        super().__init__(torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
 
 
 class FakeClip:
