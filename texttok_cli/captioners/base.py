@@ -64,9 +64,9 @@ class Captioner(Protocol):
     """Images to texts. `model` and `prompt` say what they depend on besides the image, None where there is no such thing."""
 
     backend: str
-    model: str | None
-    prompt: Prompt | None
-    concurrency: int  # calls that may run at the same time, each with one image; 0: batches, one after the other
+    model: str | None = None
+    prompt: Prompt | None = None
+    concurrency: int = 0  # calls that may run at the same time, each with one image; 0: batches, one after the other
 
     def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A text for each of them, or why there is none. BackendError for what would stop every other image too."""

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from texttok_cli.captioners.attributes import describe, measure
-from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written, with_article
-from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.captioners.base import Captioner, CaptionFailed, CaptionInput, Written, with_article
 from texttok_cli.data import center_crop, to_tensor
 from texttok_cli.errors import DataError
 from texttok_cli.models.efficientnet import IMAGE_SIZE, load_efficientnet
@@ -19,13 +18,11 @@ POSSIBLE = 0.1  # below it a label is not named at all
 MOST_LABELS = 3
 
 
-class Classifier:
+class Classifier(Captioner):
     """EfficientNet-Lite0's labels, as sure as it is of them, then colours, brightness and detail."""
 
     backend = "classifier"
-    model: str | None = "efficientnet-lite0"
-    prompt: Prompt | None = None
-    concurrency = 0
+    model = "efficientnet-lite0"
 
     def __init__(self, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
         self.network = load_efficientnet(device=device, offline=offline)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
-from texttok_cli.captioners.prompts import Prompt
+from texttok_cli.captioners.base import Captioner, CaptionFailed, CaptionInput, Written
 from texttok_cli.errors import BackendError
 from texttok_cli.metrics.clip import load_open_clip
 
@@ -24,12 +23,10 @@ MIN_TOKENS = 5  # with START, before END may come: the default of the network's 
 SPACE_BEFORE_MARK = re.compile(r"\s+(?=[.,;:!?]|'s\b)")  # that vocabulary keeps no trace of whether there was one
 
 
-class CoCa:
+class CoCa(Captioner):
     """Captions written greedily. `weights` is a local file, or one of open_clip's tags, which is downloaded."""
 
     backend = "coca"
-    prompt: Prompt | None = None
-    concurrency = 0
 
     def __init__(self, name: str, weights: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
         import open_clip
@@ -39,7 +36,7 @@ class CoCa:
                 f"--model {name}: not a CoCa of open_clip's; it has {', '.join(m for m in open_clip.list_models() if 'coca' in m)}"
             )
         self.network, self.prepare, _ = load_open_clip(name, weights, option="--weights", device=device, offline=offline)
-        self.model: str | None = f"{name}/{Path(weights).name}"
+        self.model = f"{name}/{Path(weights).name}"
         self.decode: Any = open_clip.get_tokenizer(name).decode
         self.device = torch.device(device)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
+from texttok_cli.captioners.base import Captioner, CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.client import ChatClient
 from texttok_cli.captioners.prompts import Prompt
 
@@ -17,16 +17,14 @@ MAX_SIDE = 1024  # pixels; larger images are scaled down, which is what the mode
 JPEG_QUALITY = 95
 
 
-class Endpoint:
+class Endpoint(Captioner):
     """A vision model over HTTP; one image a request, several requests at a time."""
 
     backend = "endpoint"
 
     def __init__(self, client: ChatClient, prompt: Prompt, *, max_tokens: int, concurrency: int) -> None:
         self.client, self.max_tokens, self.concurrency = client, max_tokens, concurrency
-        self.model: str | None = client.model
-        self.prompt: Prompt | None = prompt
-        self.text = prompt.text
+        self.model, self.prompt, self.text = client.model, prompt, prompt.text
 
     def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each, or why there is none."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from texttok_cli.captioners.attributes import describe, measure
-from texttok_cli.captioners.base import CaptionFailed, CaptionInput, Written
+from texttok_cli.captioners.base import Captioner, CaptionFailed, CaptionInput, Written
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.data.labels import CLASS_TEXT, class_text
 from texttok_cli.errors import DataError, UsageError
 
 
-class ClassText:
+class ClassText(Captioner):
     """The class in a template (Table 4a, "class text"); with `measured` also colours, brightness and detail."""
-
-    model: str | None = None
-    concurrency = 0
 
     def __init__(self, template: str | None = None, *, measured: bool = False) -> None:
         """`template` has a {} for the last part of the class's name, else UsageError; None is the one that tokenizers use."""
@@ -23,7 +20,7 @@ class ClassText:
             raise UsageError(f"--template {template!r}: has no {{}} for the class")
         self.backend = "class-measured" if measured else "class-text"
         self.template, self.measured = template or CLASS_TEXT, measured
-        self.prompt: Prompt | None = Prompt("template", None, self.template)
+        self.prompt = Prompt("template", None, self.template)
 
     def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """A caption for each that has a class."""
@@ -39,13 +36,10 @@ class ClassText:
         return Written(describe(text, measure(given.image)) if self.measured else text)
 
 
-class Sidecar:
+class Sidecar(Captioner):
     """The text that stands beside an image already: NAME.txt, a manifest's or shard's caption."""
 
     backend = "sidecar"
-    model: str | None = None
-    prompt: Prompt | None = None
-    concurrency = 0
 
     def __call__(self, inputs: Sequence[CaptionInput]) -> list[Written | CaptionFailed]:
         """The caption of each that has one."""

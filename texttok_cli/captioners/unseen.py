@@ -41,10 +41,10 @@ class Writer(Protocol):
     """Makes unseen captions; `backend`, `model`, `prompt` and `concurrency` (of classes) as of a captioner."""
 
     backend: str
-    model: str | None
-    prompt: Prompt | None
-    concurrency: int
-    failure: str | None  # why the last attempt that failed did
+    model: str | None = None
+    prompt: Prompt | None = None
+    concurrency: int = 0
+    failure: str | None = None  # why the last attempt that failed did
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
         """Up to `number` captions of the class that are neither in the bank nor among `there`, nor twice in the list."""
@@ -61,7 +61,7 @@ def unseen_captions(writer: Writer, bank: CaptionBank, number: int, there: Mappi
     yield from in_order(concurrently(write, wanting, writer.concurrency)) if writer.concurrency else map(write, wanting)
 
 
-class AttributeWriter:
+class AttributeWriter(Writer):
     """What is shown, main colours, edge, brightness and detail, each drawn as often as the class's training captions have it.
 
     A combination is taken if no caption of the bank has it, and any two of its attributes stand together in some training
@@ -69,10 +69,6 @@ class AttributeWriter:
     """
 
     backend = "attributes"
-    concurrency = 0
-    model: str | None = None
-    failure: str | None = None
-    prompt: Prompt | None = None
 
     def __init__(self, bank: CaptionBank, *, seed: int, max_words: int) -> None:
         """DataError if the captions of a class are not of the form that `captioners.attributes` writes."""
@@ -99,7 +95,7 @@ class AttributeWriter:
         return found
 
 
-class LanguageWriter:
+class LanguageWriter(Writer):
     """A language model that reads training captions of the class and writes others; what it copies is thrown away."""
 
     def __init__(
@@ -109,10 +105,7 @@ class LanguageWriter:
         self.bank, self.language_model, self.seed = bank, language_model, seed
         self.max_words, self.max_tokens = max_words, max_tokens
         self.backend, self.concurrency = language_model.backend, language_model.concurrency
-        self.model: str | None = language_model.model
-        self.prompt: Prompt | None = prompt
-        self._fill = prompt.fill
-        self.failure: str | None = None
+        self.model, self.prompt, self._fill = language_model.model, prompt, prompt.fill
 
     def write(self, class_name: str, number: int, there: Sequence[str]) -> list[str]:
         """Asks until there are enough, or FRUITLESS requests have failed or brought nothing new."""

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from texttok_cli.assets import is_offline
-from texttok_cli.captioners.base import THOUGHTS, CaptionFailed, CaptionInput, Written, without_thoughts
+from texttok_cli.captioners.base import THOUGHTS, Captioner, CaptionFailed, CaptionInput, Written, without_thoughts
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
 
@@ -28,11 +28,10 @@ TEXTS = {
 }
 
 
-class VisionLanguageModel:
+class VisionLanguageModel(Captioner):
     """A local model. It gets the prompt in its chat template or in its own form, the task that it knows, or the image alone."""
 
     backend = "vlm"
-    concurrency = 0
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class VisionLanguageModel:
         if getattr(self.processor.whole, "num_query_tokens", 0) is None:  # of BLIP-2's kind, from before the image had places in the text
             raise BackendError(f"--model {name}: its processor has no num_query_tokens, so the image would get lost: use a newer revision")
         self.network: Any = model.eval().requires_grad_(False) if placed else model.eval().requires_grad_(False).to(device)
-        self.model: str | None = called(name)
+        self.model = called(name)
         self.max_tokens = max_tokens
         self._text, self.prompt = _told(self.processor.whole, model.config.model_type, prompt)
 
