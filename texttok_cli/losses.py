@@ -159,7 +159,7 @@ class ResNetLogits(nn.Module):
     Images of another size than 224 are resized (bilinear, antialiased). Raises BackendError if the weights are not available.
     """
 
-    def __init__(self, *, offline: bool = False) -> None:
+    def __init__(self, *, offline: bool) -> None:
         super().__init__()
         from torchvision.models import resnet50  # takes seconds, and only this loss needs it
 
@@ -188,7 +188,7 @@ class EfficientNetFeatures(nn.Module):
     learns patterns of their grid. Raises BackendError if the weights are not available.
     """
 
-    def __init__(self, *, offline: bool = False) -> None:
+    def __init__(self, *, offline: bool) -> None:
         super().__init__()
         self.net = load_efficientnet(offline=offline)
 

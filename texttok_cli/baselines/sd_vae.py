@@ -28,7 +28,7 @@ class SDVAE(Baseline):
     Raises CheckpointError for what is no such model, BackendError if it, or diffusers, is not available.
     """
 
-    def __init__(self, name: str, where: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
+    def __init__(self, name: str, where: str, *, device: torch.device | str, offline: bool) -> None:
         kind = _autoencoder_kl(name)
         folder = Path(where) if Path(where).is_dir() else _from_hub(where, offline=is_offline(offline))
         if not all((folder / file).is_file() for file in FILES):

@@ -31,7 +31,7 @@ class TinyAutoencoder(Baseline):
     NAME_decoder.pth; of any float type. Raises CheckpointError for another, BackendError for a .pth that is none.
     """
 
-    def __init__(self, name: str, path: Path, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str, path: Path, *, device: torch.device | str) -> None:
         files = [path / f"{name}_{half}.pth" for half in HALVES] if path.is_dir() else [path]
         for file in files:
             if not file.is_file():

@@ -28,7 +28,7 @@ class CoCa(Captioner):
 
     backend = "coca"
 
-    def __init__(self, name: str, weights: str, *, device: torch.device | str = "cpu", offline: bool = False) -> None:
+    def __init__(self, name: str, weights: str, *, device: torch.device | str = "cpu", offline: bool) -> None:
         import open_clip
 
         if name not in open_clip.list_models() or not name.startswith("coca") or "roberta" in name:

@@ -42,7 +42,7 @@ class LocalLanguageModel:
     backend = "language-model"
     concurrency = 0
 
-    def __init__(self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False) -> None:
+    def __init__(self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, offline: bool) -> None:
         """`name` is a folder or a repository of the hub. BackendError if it can't be loaded."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

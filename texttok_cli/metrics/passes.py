@@ -31,7 +31,7 @@ class Pass:
         processes: Processes,
         *,
         batch_size: int,
-        state: Path | None = None,
+        state: Path | None,
         more: bool = False,
     ) -> None:
         self.subject, self.evaluator, self.done = subject, evaluator, 0

@@ -92,7 +92,7 @@ class EfficientNetLite0(nn.Module):
         return stages
 
 
-def load_efficientnet(*, device: torch.device | str = "cpu", offline: bool = False) -> EfficientNetLite0:
+def load_efficientnet(*, device: torch.device | str = "cpu", offline: bool) -> EfficientNetLite0:
     """With its ImageNet weights, frozen, the normalisations folded. Raises BackendError if they are not available."""
     weights = load_torch_weights(resolve("efficientnet-lite0", offline=offline))
     model = EfficientNetLite0()

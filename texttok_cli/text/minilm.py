@@ -67,7 +67,7 @@ class MiniLM(nn.Module):
         return self.get_buffer(_attribute(name))
 
 
-def load_minilm(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TransformerEncoder:
+def load_minilm(config: TextEncoderConfig, *, device: torch.device | str, offline: bool) -> TransformerEncoder:
     """All-MiniLM-L6-v2's token states (384 wide). Raises BackendError if it is not available or the config asks for another shape."""
     bert = json.loads(resolve("minilm-config", offline=offline).read_text(encoding="utf-8"))
     width, longest = bert["hidden_size"], bert["max_position_embeddings"]

@@ -32,7 +32,7 @@ class _States(nn.Module):
         return states
 
 
-def load_t5(config: TextEncoderConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> TransformerEncoder:
+def load_t5(config: TextEncoderConfig, *, device: torch.device | str, offline: bool) -> TransformerEncoder:
     """A T5 encoder by hub name or local folder (`config.name`), every batch padded to `config.max_tokens`.
 
     Precision is fp32 or bf16: in fp16 T5's feed-forward layers overflow. The hub is asked for what is not cached, unless

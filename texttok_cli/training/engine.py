@@ -38,7 +38,7 @@ VALIDATING, EMBEDDING = 1, 24
 class Engine:
     """One process's view of a run, whether it is alone or one of many."""
 
-    def __init__(self, cfg: TrainConfig, *, out: Path, device: str = "auto", sharding: bool = False) -> None:
+    def __init__(self, cfg: TrainConfig, *, out: Path, device: str, sharding: bool = False) -> None:
         """`sharding`: the task can be trained with its weights split over processes (FSDP2), if so launched."""
         for tracker in cfg.trackers:
             if find_spec(tracker) is None:

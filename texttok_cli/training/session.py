@@ -31,7 +31,7 @@ WORKERS_END = 10  # seconds that loader workers of a killed run may take to see 
 STATISTICS_IMAGES = 10_000  # training images behind the per-channel latent statistics
 
 
-def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: bool = False, device: str = "auto") -> Path:
+def run_training(recipe: AnyRecipe, out: Path, report: Reporter, *, offline: bool, device: str) -> Path:
     """Train what the recipe says, in folder `out`, from where an earlier run there stopped; returns the model file.
 
     Raises RecipeError, DataError, CheckpointError, BackendError, TrainingError for what a person can mend, Interrupted after
