@@ -125,17 +125,21 @@ def test_a_hub_that_does_not_answer_is_one_line(draw: Callable[..., Path], tmp_p
     assert run.returncode == 1 and "not in the local cache, and the hub does not answer" in one_line_of(run.stderr)
 
 
-def test_a_gpu_without_memory_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_memory_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    errors: list[RuntimeError] = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("a bug")]
+    of_mps = RuntimeError("MPS backend out of memory (MPS allocated: 8.89 GiB, max allowed: 9.07 GiB). Tried to allocate 6.25 MiB")
+    errors: list[RuntimeError] = [of_mps, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("a bug")]
 
     def fail() -> None:
         raise errors[0]
 
     monkeypatch.setattr(module, "app", fail)
-    run = texttok()
-    assert run.code == 1 and run.err.count("\n") == 1 and "--batch-size" in run.err
+    for _ in range(2):
+        run = texttok()
+        assert run.code == 1 and run.err.count("\n") == 1 and "--batch-size" in run.err
+        last = errors.pop(0)
+    errors.insert(0, last)
     monkeypatch.setattr(sys, "argv", ["texttok", "--debug"])
     with pytest.raises(torch.OutOfMemoryError):
         module.main()
@@ -159,6 +163,19 @@ def test_a_broken_compile_cache_is_one_line(texttok: Run, monkeypatch: pytest.Mo
     monkeypatch.setenv("TEXTTOK_DEBUG", "1")
     with pytest.raises(InductorError):
         module.main()
+
+
+def test_a_gpu_without_triton_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any of Windows is, where recipes that compile would otherwise end in a traceback."""
+    from torch._inductor.exc import TritonMissing
+
+    def fail() -> None:
+        raise TritonMissing(None)
+
+    monkeypatch.setattr(module, "app", fail)
+    run = texttok()
+    line = "texttok: torch can't compile the model for this GPU (Cannot find a working triton installation): set training.compile=false\n"
+    assert run.code == 1 and run.err == line
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,12 +107,18 @@ def _run_app() -> None:
 
 def _remedy(err: RuntimeError) -> str | None:
     """A line for an error of torch that is no bug. torch is not imported for this: what did not load it can't have raised its errors."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(err, torch.OutOfMemoryError):
-        return (
-            "the GPU does not have enough free memory: use a smaller batch (--batch-size, or training.batch_size= for train), bf16,"
-            " or --device cpu"
-        )
+    if "torch" in sys.modules:
+        from texttok_cli.models.devices import out_of_memory
+
+        if out_of_memory(err):
+            return (
+                "the device does not have enough free memory: use a smaller batch (--batch-size, or training.batch_size= for train), bf16,"
+                " or another --device"
+            )
+    inductor = sys.modules.get("torch._inductor.exc")
+    if inductor is not None and isinstance(err, inductor.TritonMissing | inductor.GPUTooOldForTriton):  # of Windows; of before 2017
+        reason = str(err).partition(". ")[0]
+        return f"torch can't compile the model for this GPU ({reason}): set training.compile=false"
     dynamo = sys.modules.get("torch._dynamo.exc")
     if dynamo is not None and isinstance(err, dynamo.BackendCompilerFailed):  # InductorError is one
         reason = str(err.inner_exception).partition("\n")[0]

@@ -127,9 +127,10 @@ def test_an_image_that_is_refused_fails_alone(chatting: VisionLanguageModel, mon
     assert [outcomes[0], outcomes[2]] == chatting([first, last])
 
 
-def test_too_little_memory_names_the_remedy(chatting: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 8.89 GB)")])
+def test_too_little_memory_names_the_remedy(error: Exception, chatting: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(chatting.network, "generate", full)
     with pytest.raises(BackendError, match=r"3 images at once; use a smaller --batch-size$"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from texttok_cli.errors import BackendError
-from texttok_cli.models.devices import pick_device
+from texttok_cli.models.devices import out_of_memory, pick_device
 
 
 def test_auto_is_the_fastest_device_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,19 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     for device in ("cuda", "mps", "tpu"):
         with pytest.raises(BackendError, match=f"--device {device}: not available here"):
             pick_device(device)
+
+
+def test_every_device_says_in_its_own_way_that_memory_is_out() -> None:
+    with pytest.raises(RuntimeError) as of_cpu:
+        torch.empty(10**15)
+    texts = (
+        "MPS backend out of memory (MPS allocated: 8.89 GB, other allocations: 172.98 MB, max allowed: 9.07 GB)",
+        "Invalid buffer size: 20.93 GiB",
+        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes.",
+    )
+    for err in (of_cpu.value, torch.OutOfMemoryError("CUDA out of memory."), *map(RuntimeError, texts)):
+        assert out_of_memory(err)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"))
 
 
 def test_shapes_without_weights_do_not_bring_torchs_compiler() -> None:

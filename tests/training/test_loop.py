@@ -14,7 +14,7 @@ import torch
 from runs import QUIET
 
 from texttok_cli.config.loader import load_recipe
-from texttok_cli.errors import TrainingError
+from texttok_cli.errors import BackendError, TrainingError
 from texttok_cli.training import loop
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
@@ -158,3 +158,19 @@ def test_a_roll_back_is_to_the_newest_saved_weights(train: Callable[..., Any]) -
 def test_three_roll_backs_without_a_new_state_are_all(train: Callable[..., Any]) -> None:
     with pytest.raises(TrainingError, match=r"diverged at step 13: .* rolled back to step 1 3 times"):
         train("training.save_every=1", "schedule.steps=30", bad=lambda step: step > 0)
+
+
+def test_a_device_without_memory_is_no_damaged_state(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On MPS torch raises a plain RuntimeError, as it does for a tensor of another shape."""
+    train("schedule.steps=2")
+
+    def fail(self: Noting, *given: object) -> None:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 8.89 GB)")
+
+    monkeypatch.setattr(Noting, "load_state", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train("schedule.steps=2")
+    monkeypatch.setattr(Noting, "load_state", lambda self, tensors: None)
+    monkeypatch.setattr(Noting, "step", fail)
+    with pytest.raises(BackendError, match="out of memory: go on with a higher"):
+        train("schedule.steps=3")

@@ -16,6 +16,7 @@ from texttok_cli.assets import is_offline
 from texttok_cli.captioners.base import THOUGHTS, Captioner, CaptionFailed, CaptionInput, Written, without_thoughts
 from texttok_cli.captioners.prompts import Prompt
 from texttok_cli.errors import BackendError
+from texttok_cli.models.devices import out_of_memory
 
 # What models without a chat template are told. Those trained on set tasks get the one for a long caption (of PaliGemma:
 # ai.google.dev/gemma/docs/paligemma/prompt-system-instructions); BLIP-2 gets the form its paper has for questions, InstructBLIP
@@ -64,7 +65,9 @@ class VisionLanguageModel(Captioner):
         """A caption for each, written greedily and in one batch. BackendError if the device's memory is too small for it."""
         try:
             return self._write([given.image for given in inputs])
-        except torch.OutOfMemoryError:
+        except RuntimeError as err:
+            if not out_of_memory(err):
+                raise
             raise BackendError(f"{self.model}: out of memory with {len(inputs)} images at once; use a smaller --batch-size") from None
         except ValueError as err:  # how processors refuse an image, say a very narrow one: the others must not lose their captions
             if len(inputs) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from texttok_cli.errors import BackendError
+
+# How torch says so of MPS (altogether; for one tensor) and of the CPU (Linux, macOS; Windows): RuntimeErrors of no type of their own.
+NO_MEMORY = re.compile("MPS backend out of memory|Invalid buffer size|DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -22,6 +26,11 @@ def pick_device(device: str | torch.device) -> torch.device:
     if not has.get(device.partition(":")[0], False):
         raise BackendError(f"--device {device}: not available here; use --device cpu")
     return torch.device(device)
+
+
+def out_of_memory(err: RuntimeError) -> bool:
+    """Whether it says that a device has not enough memory; torch.OutOfMemoryError is raised for CUDA alone."""
+    return isinstance(err, torch.OutOfMemoryError) or NO_MEMORY.search(str(err)) is not None
 
 
 @contextmanager

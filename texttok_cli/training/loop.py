@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from texttok_cli.config.recipe import Recipe
 from texttok_cli.errors import BackendError, CheckpointError, TrainingError
+from texttok_cli.models.devices import out_of_memory
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.guard import Guard
 from texttok_cli.training.optim import lr_scale, set_lr
@@ -59,7 +59,7 @@ def train(
 
     `batches(k)` yields batches from the k-th on; `validate(step)` and `export(path, step)` are called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
-    of this data or not seen by all processes, BackendError without GPU memory.
+    of this data or not seen by all processes, BackendError without enough memory.
     """
     begin = _resume(task, engine, run)
     missed = begin > 0 and _validates(recipe, begin) and engine.any(engine.is_main and not run.validated(begin))
@@ -71,8 +71,10 @@ def train(
                 export(run.model_at(begin), begin)
             _steps(recipe, task, engine, run, batches(begin), begin, validate, export, report, stop)
             export(run.model_path, recipe.schedule.steps)
-    except torch.OutOfMemoryError:
-        raise BackendError("out of GPU memory: go on with a higher training.accumulate or training.checkpointing=true") from None
+    except RuntimeError as err:
+        if not out_of_memory(err):
+            raise
+        raise BackendError("out of memory: go on with a higher training.accumulate or training.checkpointing=true") from None
 
 
 def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
@@ -84,9 +86,9 @@ def _resume(task: Task, engine: Engine, run: RunFolder) -> int:
     if tensors:
         try:
             task.load_state(tensors)
-        except torch.OutOfMemoryError:
-            raise
         except (KeyError, RuntimeError) as err:  # a tensor that is missing, or of another shape
+            if isinstance(err, RuntimeError) and out_of_memory(err):
+                raise
             raise CheckpointError(
                 f"{run.state_path}: its state of step {begin} is damaged; remove it, or the whole {run.path} to start again"
             ) from err
