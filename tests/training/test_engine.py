@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from texttok_cli.config.loader import load_recipe
+from texttok_cli.errors import BackendError
 from texttok_cli.training.engine import Engine
 from texttok_cli.training.loop import Interrupted
 
@@ -14,6 +15,16 @@ from texttok_cli.training.loop import Interrupted
 @pytest.fixture
 def engine(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Engine]:
     return lambda *overrides: Engine(load_recipe(str(recipe_file()), overrides).training, out=tmp_path, device="cpu")
+
+
+def test_processes_that_would_each_train_alone_are_refused(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a launcher on a Mac, which has an accelerator, but none that processes can train on together."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(BackendError, match=r"^2 processes can't train together on \w+: start one, or add --device cpu$"):
+        Engine(load_recipe(str(recipe_file()), []).training, out=tmp_path, device="auto")
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

@@ -77,6 +77,9 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         if device not in ("auto", self.device.type):
             raise BackendError(f"--device {device}: training uses {self.device.type} on this machine; leave it out, or use cpu")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:  # on MPS Accelerate takes every process for a run of its own, and all would write to one folder
+            raise BackendError(f"{launched} processes can't train together on {self.device.type}: start one, or add --device cpu")
         self.sharded: bool = self.accelerator.is_fsdp2
         whole_models = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in whole_models and not (sharding and self.sharded):
