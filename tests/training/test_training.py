@@ -1,5 +1,6 @@
 """The trainer: exact resume, bad steps, interruption, several processes, and what a run leaves behind."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.utils import LoggerType
@@ -322,6 +324,22 @@ def test_a_resumed_discriminator_has_its_moments_in_its_own_memory_format(tmp_pa
     for parameter in net.parameters():
         assert {again.state[parameter][name].stride() for name in ("exp_avg", "exp_avg_sq")} == {parameter.stride()}
         assert torch.equal(again.state[parameter]["exp_avg"], adam.state[parameter]["exp_avg"])
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell which files are mapped")
+def test_a_resumed_run_does_not_hold_on_to_the_file_of_its_state(tmp_path: Path) -> None:
+    """Removed after the next one is saved, it would take disk space until the run ends; Windows would not remove it at all."""
+    net = torch.nn.Linear(2, 3)
+    adam = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    run = RunFolder(tmp_path)
+    run.save_state(1, optimizer_tensors([adam]))
+    again = torch.optim.AdamW(net.parameters())
+    run.load_state([again])
+    gc.collect()
+    assert [state["step"] for state in again.state.values()] == [1, 1]
+    assert not [held.path for held in psutil.Process().memory_maps() if str(tmp_path) in held.path]
 
 
 # ------------------------------------------------------------------ what a person gets wrong, and what breaks

@@ -247,8 +247,10 @@ def _restore_optimizer(optimizer: Optimizer, index: int, tensors: Mapping[str, T
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     """A parameter's moment as the optimizer had it: a shard, or in the parameter's own memory format, which fused optimizers need."""
     value = split_like(value, parameter)
-    if value.shape != parameter.shape or isinstance(value, DTensor):
+    if isinstance(value, DTensor):
         return value
+    if value.shape != parameter.shape:
+        return value.clone()  # a count of steps, as it was read, keeps the whole file mapped: its disk space, on Windows the file itself
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
