@@ -75,6 +75,20 @@ def test_a_file_name_of_other_bytes_is_written_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text(encoding="utf-8") == "caf\u00e9 \\udcff.png"
 
 
+def test_whether_case_counts_is_asked_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "to" / "be" / "made"
+    (tmp_path / "a").touch()
+    ignores = (tmp_path / "A").exists()
+    assert files._ignores_case(folder) is files._ignores_case(tmp_path) is ignores and names(tmp_path) == ["a"]
+    honest = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: honest(path.with_name(path.name.lower())))
+    assert files._ignores_case(folder)
+    files.check_distinct([folder / "a", folder / "b", tmp_path / "A", folder / "a"])
+    for one, other in (("cat.png", "Cat.PNG"), ("caf\u00e9", "cafe\u0301"), ("Stra\u00dfe", "STRASSE")):
+        with pytest.raises(DataError, match=f"{other}: would be written over .*{one}, as on this disk"):
+            files.check_distinct([folder / one, folder / other])
+
+
 def test_a_file_gets_the_rights_the_umask_gives(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "a", {"z": torch.zeros(2)}, {})
     (tmp_path / "plain").touch()

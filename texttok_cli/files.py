@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unicodedata import normalize
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -109,6 +111,23 @@ def check_can_be_folder(path: Path, *, else_name: str) -> None:
     file = next((part for part in (path, *path.parents) if part.is_file()), None)
     if file is not None:
         raise DataError(f"{file}: is a file, but -o needs a folder; choose another path{else_name}")
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """DataError if two of these paths, which are to be written, would be one file: on most disks of macOS case does not count."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(normalize("NFC", str(path)).casefold(), path)
+        if other != path and _ignores_case(path.parent):
+            raise DataError(f"{path}: would be written over {other}, as on this disk upper and lower case are the same; choose another -o")
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether names that differ in case alone are one file in a folder, or where it will be made."""
+    there = next(part for part in (folder, *folder.parents) if part.is_dir())
+    with tempfile.NamedTemporaryFile(prefix=".texttok-", dir=there) as file:
+        lower = Path(file.name)
+        return lower.with_name(lower.name.upper()).exists()
 
 
 def write_text(path: Path, text: str) -> None:

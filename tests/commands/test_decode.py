@@ -192,7 +192,17 @@ def test_ids_stay_inside_the_output_folder(
     assert pngs(tmp_path) == [f"deep/out/{name}" for name in written]
 
 
-@pytest.mark.parametrize(("image_id", "parts"), [("a/b.png", ["a", "b.png"]), ("trailing. /x ", ["trailing", "x"]), ("...", ["image"])])
+RESERVED = [
+    ("aux.png", ["aux_.png"]),
+    ("NUL /Com1.tar.gz", ["NUL_", "Com1_.tar.gz"]),
+    ("con .png", ["con_ .png"]),
+    ("console/com10.png", ["console", "com10.png"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("image_id", "parts"), [("a/b.png", ["a", "b.png"]), ("trailing. /x ", ["trailing", "x"]), ("...", ["image"]), *RESERVED]
+)
 def test_safe_parts(image_id: str, parts: list[str]) -> None:
     assert safe_parts(image_id) == parts
 
@@ -201,6 +211,19 @@ def test_an_id_that_stands_three_times_overwrites_nothing(decode: Run, make: Cal
     save_tokens(tmp_path / "a.tok.safetensors", make("a.png", "a.png", "a.png"))
     run = decode(tmp_path / "a.tok.safetensors")
     assert run.code == 1 and "decode them into different folders" in one_line(run.err)
+
+
+def test_names_that_are_one_file_on_this_disk_are_refused(
+    decode: Run, make: Callable[..., Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, images = tmp_path / "a.tok.safetensors", tmp_path / "a.rec"
+    save_tokens(file, make("Cat.png", "cat.png"))
+    monkeypatch.setattr("texttok_cli.files._ignores_case", lambda folder: folder == images)
+    run = decode(file)
+    assert run.code == 1 and f"{images / 'cat.png'}: would be written over {images / 'Cat.png'}" in one_line(run.err)
+    assert not pngs(tmp_path)
+    monkeypatch.setattr("texttok_cli.files._ignores_case", lambda folder: False)
+    assert decode(file).code == 0 and pngs(tmp_path) == ["a.rec/Cat.png", "a.rec/cat.png"]
 
 
 def test_two_files_with_one_id_do_not_overwrite_each_other(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:

@@ -396,6 +396,16 @@ def test_names_with_line_breaks_and_escapes_stay_one_line(encode: Run, draw: Dra
     assert run.code == 1 and run.err.startswith("skipped a\\n\\x1b[31mb.png: ") and run.err.count("\n") == 1
 
 
+def test_token_files_that_are_one_on_this_disk_are_refused(
+    encode: Run, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, out = draw(tmp_path / "a" / "Cat.png"), draw(tmp_path / "b" / "cat.png"), tmp_path / "out"
+    monkeypatch.setattr("texttok_cli.files._ignores_case", lambda folder: folder == out)
+    run = encode(one, other, "-o", out, "--no-caption")
+    assert run.code == 1 and f"{out / 'cat.tok.safetensors'}: would be written over {out / 'Cat.tok.safetensors'}" in run.err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("args", "reason"),
     [

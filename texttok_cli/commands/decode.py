@@ -22,6 +22,8 @@ from texttok_cli.commands.options import (
 from texttok_cli.config import Precision
 from texttok_cli.errors import DataError, TokenFileError, UsageError
 
+DEVICE = re.compile(r"\A(con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?= *(?:\.|\Z))", re.IGNORECASE)  # Windows has no file of such a name
+
 if TYPE_CHECKING:
     from texttok_cli.inference import Tokenizer
     from texttok_cli.tokens import Tokens
@@ -130,7 +132,7 @@ class _Target:
     def __init__(self, out: Path | None, names: Mapping[Path, Sequence[str]]) -> None:
         """`names`: of the images of each input. UsageError if `out` can't be the file of them, DataError if two would be one file."""
         from texttok_cli.data.items import IMAGE_SUFFIXES
-        from texttok_cli.files import check_can_be_folder
+        from texttok_cli.files import check_can_be_folder, check_distinct
 
         self.out, self.counts = out, {source: len(own) for source, own in names.items()}
         self.total = sum(self.counts.values())
@@ -143,6 +145,7 @@ class _Target:
         if out is not None and not self.is_file:
             check_can_be_folder(out, else_name=", or for one image a .png file")
         self._left = {source: iter([self._claim(source, name) for name in own]) for source, own in names.items()}
+        check_distinct(self.paths)
 
     def next(self, source: Path, input_sha256: str) -> Path:
         """Where the next image of this input goes. DataError rather than over the file that was encoded, or for more images than listed."""
@@ -186,4 +189,4 @@ def _name(image_id: str, flipped: bool) -> str:
 def safe_parts(image_id: str) -> list[str]:
     """An id, which may be any path or text, as the parts of a path that stays inside its folder and that every system takes."""
     parts = [re.sub(r'[<>:"|?*\x00-\x1f]', "_", part.rstrip(". ")) for part in re.split(r"[/\\]", image_id)]
-    return [part for part in parts if part] or ["image"]
+    return [DEVICE.sub(r"\1_", part) for part in parts if part] or ["image"]

@@ -114,7 +114,7 @@ def _check_one_source(caption: str | None, captions: Path | None, no_caption: bo
 
 def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path | list[Path]:
     """A folder of shards, or for image files one token file each."""
-    from texttok_cli.files import check_can_be_folder
+    from texttok_cli.files import check_can_be_folder, check_distinct
     from texttok_cli.tokens import SUFFIX
 
     if out is not None and out.suffix != ".safetensors":
@@ -135,6 +135,7 @@ def _target(inputs: Sequence[str], dataset: Dataset, out: Path | None) -> Path |
     twice, times = Counter(files).most_common(1)[0]
     if times > 1:
         raise DataError(f"{twice}: would be written for two of the images; encode them into different folders with -o")
+    check_distinct(files)
     return files
 
 
