@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from drawn import Drawn, FakeClip, FakeInception
@@ -61,6 +62,20 @@ def test_an_interrupted_pass_goes_on(paired: bool, fake: None, saving: None, tmp
     assert 16 + sum(finished(second)) == second.images == second.done  # the third batch was seen, and not saved
     for name, (value, _) in whole.evaluator.compute().items():
         assert second.evaluator.compute()[name][0] == pytest.approx(value, rel=1e-8), name
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell which files are mapped")
+def test_a_resumed_pass_does_not_hold_on_to_the_file_of_its_state(fake: None, saving: None, tmp_path: Path) -> None:
+    """Windows would refuse to write the next one over it."""
+
+    def run() -> Pass:
+        return Pass(drawn(), Evaluator(["fid", "precision"]), ALONE, batch_size=8, state=tmp_path / "state")
+
+    with pytest.raises(Interrupted):
+        finished(run(), stop_at=3)
+    second = run()
+    assert second.resume() == 16
+    assert not [held.path for held in psutil.Process().memory_maps() if str(tmp_path) in held.path]
 
 
 @pytest.mark.parametrize("stop_at", [2, 7])  # within the samples and within the references

@@ -68,7 +68,8 @@ class Pass:
         if header.get("identity") != self._identity:
             raise DataError(f"{state}: is the state of another evaluation; remove it to start again, or give this one another -o OUT")
         try:
-            self.evaluator.evidence.load(tensors)
+            # Copies: what is read maps the file, which Windows then neither replaces nor removes.
+            self.evaluator.evidence.load({name: tensor.clone() for name, tensor in tensors.items()})
             truncated, done = int(header["truncated"]), int(header["done"])
             if not 0 <= done <= self.images:
                 raise ValueError
