@@ -165,6 +165,22 @@ def test_a_broken_compile_cache_is_one_line(texttok: Run, monkeypatch: pytest.Mo
         module.main()
 
 
+def test_what_torch_lacks_on_mps_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise NotImplementedError(
+            "The operator 'aten::_upsample_bilinear2d_aa_backward.grad_input' is not currently implemented for the MPS device. If you"
+            " want this op to be considered for addition please comment on https://github.com/pytorch/pytorch/issues/141287"
+        )
+
+    monkeypatch.setattr(module, "app", fail)
+    run = texttok()
+    lacks = "texttok: this torch has no aten::_upsample_bilinear2d_aa_backward.grad_input for mps"
+    assert run.code == 1 and run.err == f"{lacks}: update torch, set PYTORCH_ENABLE_MPS_FALLBACK=1, or use --device cpu\n"
+    monkeypatch.setattr(sys, "argv", ["texttok", "--debug"])
+    with pytest.raises(NotImplementedError):
+        module.main()
+
+
 def test_a_gpu_without_triton_is_one_line(texttok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As any of Windows is, where recipes that compile would otherwise end in a traceback."""
     from torch._inductor.exc import TritonMissing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -115,6 +116,8 @@ def _remedy(err: RuntimeError) -> str | None:
                 "the device does not have enough free memory: use a smaller batch (--batch-size, or training.batch_size= for train), bf16,"
                 " or another --device"
             )
+    if missing := re.search(r"The operator '(\S+)' is not currently implemented for the MPS device", str(err)):
+        return f"this torch has no {missing[1]} for mps: update torch, set PYTORCH_ENABLE_MPS_FALLBACK=1, or use --device cpu"
     inductor = sys.modules.get("torch._inductor.exc")
     if inductor is not None and isinstance(err, inductor.TritonMissing | inductor.GPUTooOldForTriton):  # of Windows; of before 2017
         reason = str(err).partition(". ")[0]
