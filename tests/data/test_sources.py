@@ -90,6 +90,15 @@ def test_a_list_on_stdin(tmp_path, monkeypatch):
     assert dataset.skipped == [Skipped(f"{tmp_path}/gone.png", "no such file"), Skipped(too_long, "no such file")]
 
 
+def test_a_list_on_stdin_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    """As on Windows, whose tools put a byte order mark before it."""
+    image = write(tmp_path / "日本é.png")
+    listed = f"{image}\n{image}x\n".encode("utf-8-sig")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed), encoding="cp1252"))
+    dataset = open_dataset(["-"])
+    assert [item.id for item in dataset.items] == [str(image)] and [entry.id for entry in dataset.skipped] == [f"{image}x"]
+
+
 def test_a_path_on_stdin_that_is_not_utf8_is_skipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (b"b\xff.png", b"ok.png"):

@@ -18,13 +18,15 @@ from texttok_cli.files import json_object
 
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".jp2", ".raw", ".dng"}  # images, but not for us
 IMAGES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
+LIST_ENCODING = "utf-8-sig"
 NOT_UTF8 = "its name is not UTF-8; rename it"
 
 
 def from_list(lines: Iterable[str]) -> Iterator[Item | Skipped]:
     """Paths of image files, one a line; the path as written is the id."""
-    if isinstance(lines, TextIOWrapper) and lines.errors != "surrogateescape":
-        lines.reconfigure(errors="surrogateescape")  # as in file names, or the first line of other bytes would end the list
+    if isinstance(lines, TextIOWrapper) and lines.encoding != LIST_ENCODING:
+        # UTF-8 as all else that is read, also on Windows; other bytes as in file names, or the first line with some would end the list.
+        lines.reconfigure(encoding=LIST_ENCODING, errors="surrogateescape")
     for line in lines:
         name = line.rstrip("\r\n")
         if name and not is_utf8(name):
