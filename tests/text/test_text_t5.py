@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from pathlib import Path
@@ -133,3 +134,20 @@ def test_a_model_that_is_nowhere_is_one_line() -> None:
     with pytest.raises(BackendError, match=r"neither a folder nor in the hub cache.*--offline") as error:
         load(Path("google/t5-v1_1-there-is-none"))
     assert "\n" not in str(error.value)
+
+
+def test_the_code_of_a_repository_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the encoder is in a model's file, which may be anybody's."""
+    settings = {"model_type": "own", "d_model": 32, "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Own: pass\n")
+    asked: list[str] = []
+
+    def say_yes(question: str) -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", say_yes)
+    with pytest.raises(BackendError, match="text encoder"):
+        load(tmp_path)
+    assert not asked and not (tmp_path / "executed").exists()

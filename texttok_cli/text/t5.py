@@ -41,8 +41,9 @@ def load_t5(config: TextEncoderConfig, *, device: torch.device | str, offline: b
     name = str(config.name)
     local = is_offline(offline)
     try:
-        # First what is small, so that a wrong name or width shows before gigabytes are loaded.
-        shape = AutoConfig.from_pretrained(name, local_files_only=local)
+        # First what is small, so that a wrong name or width shows before gigabytes are loaded. The name may be a model file's: without a
+        # word on the code of a repository transformers would ask whether to run it.
+        shape = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         _check_shape(name, shape, config.dim)
         tokenizer = _load_tokenizer(name, local=local, embeddings=shape.vocab_size)
         model, report = T5EncoderModel.from_pretrained(
@@ -71,7 +72,7 @@ def _load_tokenizer(name: str, *, local: bool, embeddings: int) -> Tokenizer:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn at length of what the error says, and recommend a library that doesn't help
     try:
-        loaded = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # tokenizers' own are no narrower; google/t5-v1_1-* have only spiece.model, which other libraries read
