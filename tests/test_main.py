@@ -303,6 +303,16 @@ def test_messages_are_one_line_whatever_they_hold() -> None:
     assert one_line("caf\u00e9 \u732b a\nb\x1b[31m\u2028c\\n") == "caf\u00e9 \u732b a\\nb\\x1b[31m\\u2028c\\n"
 
 
+def test_results_and_tables_move_no_cursor_and_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of models, classes and samples come out of files, which may be anybody's."""
+    emit({"model": "a\x1b]0;title\x07", "files": ["b\x1b[2J"]}, as_json=False)
+    console.print_columns([["", "c\nd"], ["e\x1b[31m", "[red]:cat:[/red]"]])
+    console.say(":cat:.png [red]")
+    out, err = capsys.readouterr()
+    assert out == "model  a\\x1b]0;title\\x07\nfiles  b\\x1b[2J\n           c\\nd\ne\\x1b[31m  [red]:cat:[/red]\n"
+    assert err == ":cat:.png [red]\n"
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_a_narrow_terminal_shortens_the_bar_and_the_note_but_no_number(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()

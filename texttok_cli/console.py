@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-stdout = Console(soft_wrap=True, highlight=False)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+# emoji: else a file called :cat:.png would be shown under another name
+stdout = Console(soft_wrap=True, highlight=False, emoji=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def say(message: str) -> None:
@@ -33,13 +34,14 @@ def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, result))
     for key, value in result.items():
-        stdout.print(Text.assemble((key.replace("_", " ").ljust(width), "bold"), "  ", _readable(value)))
+        stdout.print(Text.assemble((key.replace("_", " ").ljust(width), "bold"), "  ", one_line(_readable(value))))
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Rows of as many cells each to stdout, aligned. Whole lines: Rich's tables are no wider than the terminal, and cut names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    shown = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
         stdout.print(Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
 
 
@@ -76,7 +78,7 @@ class _Note(ProgressColumn):
     """What else there is to say, on one line."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+        return Text(one_line(task.fields["note"]), no_wrap=True, overflow="ellipsis")
 
 
 def _readable(value: Any) -> str:

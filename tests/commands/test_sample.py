@@ -108,6 +108,11 @@ def test_the_classes_are_listed(by_class: Run, by_text: Run) -> None:
     assert "prompt.safetensors: names no classes" in by_text("--list-classes").err
 
 
+def test_listed_classes_move_no_cursor(texttok: Run, generators: Path, tmp_path: Path) -> None:
+    file = save_tiny_generator(tmp_path / "g.safetensors", generators / "text.safetensors", BY_CLASS, classes=["a\nb", "\x1b[2J", "c", "d"])
+    assert texttok("sample", "--model", file, "--list-classes").out == "a\\nb\n\\x1b[2J\nc\nd\n"
+
+
 def test_samples_need_a_place(by_class: Run) -> None:
     done = by_class("--class", "rose")
     assert done.code == 2 and "--out" in done.err

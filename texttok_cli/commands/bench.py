@@ -214,9 +214,9 @@ def _refuse_unused(context: typer.Context) -> None:
 
 
 def _print(table: Table) -> None:
-    from texttok_cli.console import print_columns, stdout
+    from texttok_cli.console import one_line, print_columns, stdout
 
-    stdout.print(table.title, style="bold", markup=False)
+    stdout.print(one_line(table.title), style="bold", markup=False)
     if table.remark:
-        stdout.print(table.remark, markup=False)
+        stdout.print(one_line(table.remark), markup=False)
     print_columns([table.columns, *table.rows])

@@ -137,7 +137,7 @@ def sample(
 
 def _list_classes(model: str, *, offline: bool, as_json: bool) -> None:
     from texttok_cli.checkpoint import read_generator_header
-    from texttok_cli.console import emit
+    from texttok_cli.console import emit, one_line
     from texttok_cli.inference import find_model
 
     classes = read_generator_header(find_model(model, offline=offline)).classes
@@ -146,7 +146,7 @@ def _list_classes(model: str, *, offline: bool, as_json: bool) -> None:
     if as_json:
         emit({"classes": classes}, as_json=True)
     else:
-        print("\n".join(classes))
+        print("\n".join(map(one_line, classes)))
 
 
 def _how(file: Path, sampler: str | None, steps: int | None, cfg: str | None, guide: str | None) -> Sampling:
