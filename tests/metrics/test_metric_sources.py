@@ -202,6 +202,18 @@ def test_an_identity_says_which_image_has_which_size(draw: Draw, tmp_path: Path)
     assert len(found) == 2
 
 
+def test_arrays_that_a_small_file_blows_up_are_not_unpacked(tmp_path: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_ARRAY_BYTES", 10_000)
+    path = tmp_path / "stats.npz"
+    np.savez_compressed(path, mu=np.zeros(4), sigma=np.zeros((100, 100)))
+    with pytest.raises(DataError, match="sigma takes 80,128 bytes, over the limit of 10,000"):
+        read_npz_reference(path)
+    np.savez_compressed(path, arr_0=batch(), arr_1=np.zeros(10_000, np.int64))
+    assert NpzImages(path).labels() is None
+    np.savez_compressed(path, arr_0=batch(), arr_1=np.arange(5))
+    assert NpzImages(path).labels() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("read", [NpzImages, read_npz_reference])
 def test_a_file_that_is_not_there_is_not_called_damaged(read: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:

@@ -38,6 +38,7 @@ NUMPY_DAMAGED = (
     *(ValueError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError, struct.error),
 )
 MAX_IMAGES = 10_000_000  # of an .npz: zeros are packed a thousand to one, so a small file could name any number
+MAX_ARRAY_BYTES = 1 << 27  # of what is read whole, for the same reason: a covariance takes 34 MB, the labels of MAX_IMAGES 80 MB
 JPEG = b"\xff\xd8\xff"  # how such a file begins
 WIDTHS = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}
 
@@ -159,7 +160,7 @@ class NpzImages(Images):
         """The class of each image, if the file says it (`arr_1`, as ADM's samples)."""
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                found = file["arr_1"]
+                found = _array(file, "arr_1")
         except NUMPY_DAMAGED:  # there is none, or something else is called so
             return None
         return found.tolist() if found.shape == (len(self.ids),) else None
@@ -224,7 +225,7 @@ def read_npz_reference(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             given = {
-                kind: _gaussian(path, kind, file[mu], file[sigma], int(file["n"]) if "n" in file else None)
+                kind: _gaussian(path, kind, _array(file, mu), _array(file, sigma), int(_array(file, "n")) if "n" in file else None)
                 for kind, (mu, sigma) in KEYS.items()
                 if mu in file and sigma in file
             }
@@ -274,6 +275,14 @@ def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)
+
+
+def _array(file: Any, name: str) -> Any:
+    """A whole array of an open .npz. ValueError for one of over MAX_ARRAY_BYTES, before it is unpacked."""
+    size = max((member.file_size for member in file.zip.infolist() if member.filename in (f"{name}.npy", name)), default=0)
+    if size > MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} takes {size:,} bytes, over the limit of {MAX_ARRAY_BYTES:,}")
+    return file[name]
 
 
 def _gaussian(path: Path, kind: str, mean: Any, covariance: Any, n: int | None) -> Gaussian:
