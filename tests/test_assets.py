@@ -154,6 +154,18 @@ def test_other_contents_are_refused_and_not_executed(content: object, tmp_path: 
     assert not Path("executed").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(9, 9), torch.eye(9).to_sparse(), torch.zeros(9, device="meta")],
+    ids=["repeated", "sparse", "meta"],
+)
+def test_a_tensor_that_is_larger_than_what_is_stored_of_it_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"a": tensor}, tmp_path / "weights.pth")
+    with pytest.raises(BackendError, match=r"weights\.pth: its a is larger than what the file holds of it"):
+        load_torch_weights(tmp_path / "weights.pth")
+
+
 def test_what_is_no_weight_file_is_refused(tmp_path: Path) -> None:
     for name, content in (("text.pth", b"hello"), ("empty.pth", b"")):
         (tmp_path / name).write_bytes(content)

@@ -193,7 +193,16 @@ def load_torch_weights(path: Path) -> dict[str, Tensor]:
         raise BackendError(f"{path}: not a file of PyTorch weights ({type(error).__name__})") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise BackendError(f"{path}: does not contain a dictionary of tensors; give the model's state dict")
+    blown_up = next((name for name, value in weights.items() if not _is_stored_whole(value)), None)
+    if blown_up is not None:
+        raise BackendError(f"{path}: its {blown_up} is larger than what the file holds of it; give the model's state dict")
     return weights
+
+
+def _is_stored_whole(tensor: Tensor) -> bool:
+    """Not so of a view that repeats a few numbers, a sparse tensor and one without data: a file of a few bytes could ask for any memory."""
+    plain = tensor.device.type == "cpu" and str(tensor.layout) == "torch.strided"
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_script_weights(path: Path) -> dict[str, Tensor]:
