@@ -106,6 +106,21 @@ def test_an_answer_that_trickles_ends_at_the_timeout_too(endpoint: Served) -> No
     assert time.monotonic() - begin < 2
 
 
+def test_what_an_error_says_ends_at_the_timeout_too(endpoint: Served) -> None:
+    def trickle(handler: Handler, number: int) -> None:
+        handler.send(400, b"no", length=1000)
+        for _ in range(40):
+            handler.wfile.write(b"!")
+            handler.wfile.flush()
+            time.sleep(0.1)
+
+    endpoint.plan = [trickle]
+    begin = time.monotonic()
+    with pytest.raises(CaptionFailed, match="HTTP 400: no!"):
+        ask(endpoint, timeout=0.3)
+    assert time.monotonic() - begin < 2
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "wait"),
     [
@@ -257,6 +272,21 @@ def test_parts_and_the_limit_of_tokens(endpoint: Served) -> None:
     endpoint.plan = [raw(b'{"choices": [{"message": {"content": [{"text": "a "}, {"text": "b"}]}, "finish_reason": "length"}]}')]
     written = ChatClient(endpoint.url, "m").complete("x", max_tokens=1)
     assert (written.text, written.complete) == ("a b", False)
+    endpoint.plan = [raw(b'{"choices": [{"message": {"content": [{"text": null}, "x", {"text": ["y"]}, {"text": "b"}]}}]}')]
+    assert ask(endpoint) == "b"
+
+
+def test_half_a_character_is_a_failure_of_this_image(endpoint: Served) -> None:
+    """In a captions.jsonl it would make the whole file unreadable."""
+    endpoint.plan = [raw(b'{"choices": [{"message": {"content": "a \\ud83d"}}]}')]
+    with pytest.raises(CaptionFailed, match="not Unicode text"):
+        ask(endpoint)
+
+
+@pytest.mark.parametrize("date", ["1 Jan 99999999999 00:00:00 GMT", "Mon, 01 Jan 2020 00:00:00 +99999999999999999999", "soon"])
+def test_a_date_that_is_none_is_no_wait(date: str, endpoint: Served) -> None:
+    endpoint.plan = [fails(503, headers={"Retry-After": date}), says("again")]
+    assert ask(endpoint) == "again"
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "ftp://h/v1", "http://", "https://me:secret@h/v1", "http://h/v1?key=secret"])

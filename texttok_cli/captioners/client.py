@@ -12,12 +12,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from typing import IO, Any
 
 from texttok_cli.captioners.base import CaptionFailed, Written, without_thoughts
+from texttok_cli.data.listings import is_utf8
 from texttok_cli.errors import BackendError
 
 KEY_VARIABLE = "TEXTTOK_API_KEY"  # nobody else's: a key is sent to the endpoint it was set for, and to no other
@@ -176,11 +178,12 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
 
 
 def _head_of(err: urllib.error.HTTPError, deadline: float) -> str:
-    """The begin of what an error says of itself, if that arrives at all."""
-    try:
-        return err.read(1000).decode("utf-8", "replace") if time.monotonic() < deadline else ""
-    except (OSError, HTTPException):
-        return ""
+    """The begin of what an error says of itself, as far as that arrives in time."""
+    said = b""
+    with suppress(OSError, HTTPException):
+        while len(said) < 1000 and time.monotonic() < deadline and (part := err.read1(1000)):
+            said += part
+    return said[:1000].decode("utf-8", "replace")
 
 
 def _answer(data: bytes) -> Written:
@@ -192,11 +195,14 @@ def _answer(data: bytes) -> Written:
     if reason == "content_filter":
         raise CaptionFailed("the endpoint's content filter held the answer back")
     if isinstance(content, list):  # in parts, as some endpoints answer
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or not content.strip():
         if reason == "length":  # spent on thoughts that are not shown
             raise CaptionFailed("no answer within the token limit; raise --max-tokens")
         raise _TryAgain("an empty answer")
+    if not is_utf8(content):  # half of an emoji, say: no file of captions that holds it could be read
+        raise CaptionFailed("the answer is not Unicode text")
     return without_thoughts(Written(content.strip(), complete=reason != "length"))
 
 
@@ -209,7 +215,7 @@ def _seconds_asked(headers: Message) -> float | None:
         return seconds
     try:
         return max(parsedate_to_datetime(after or "").timestamp() - time.time(), 0.0)
-    except ValueError:  # no date either
+    except (ValueError, OverflowError):  # no date either
         return _seconds_until_reset(headers)
 
 
