@@ -6,6 +6,7 @@ import pytest
 from inputs import PNG, captions_of, lines, write
 
 from texttok_cli.data import Skipped, open_dataset
+from texttok_cli.data.listings import MAX_TEXT_BYTES
 from texttok_cli.errors import DataError
 
 
@@ -92,6 +93,30 @@ def test_a_folder_named_like_a_caption_is_none(tmp_path):
     write(tmp_path / "a.png")
     write(tmp_path / "a.txt/b.png")
     assert captions_of(open_dataset([tmp_path])) == {"a.png": None, "a.txt/b.png": None}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has neither pipes nor /dev/zero")
+def test_what_would_be_read_for_ever_is_no_caption(tmp_path):
+    for name in ("pipe", "zero", "long", "short"):
+        write(tmp_path / f"{name}.png")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    write(tmp_path / "long.txt", "a" * (MAX_TEXT_BYTES + 1))
+    write(tmp_path / "short.txt", "a" * MAX_TEXT_BYTES)
+    dataset = open_dataset([tmp_path])
+    assert list(captions_of(dataset)) == ["short.png"]
+    assert [(entry.id, entry.reason.partition(" is ")[2]) for entry in dataset.skipped] == [
+        (f"{name}.png", "no file, or one of over 1,048,576 bytes") for name in ("long", "pipe", "zero")
+    ]
+
+
+def test_folders_in_folders_end_somewhere(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / ("d/" * 200) / "b.png")
+    write(tmp_path / ("d/" * 201) / "c.png")
+    dataset = open_dataset([tmp_path])
+    assert [item.path.name for item in dataset.items] == ["a.png", "b.png"]
+    assert [(entry.id.count("d"), entry.reason) for entry in dataset.skipped] == [(201, "over 200 folders deep")]
 
 
 def test_a_folder_names_the_images_it_can_not_read(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from pictures import encoded, picture
 
 from texttok_cli.data import Skipped, load_image, open_dataset
-from texttok_cli.data.shards import MAX_TEXT_BYTES
+from texttok_cli.data.listings import MAX_TEXT_BYTES
 from texttok_cli.errors import DataError
 
 PNG = encoded(picture())

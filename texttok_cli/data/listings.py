@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,6 +20,8 @@ from texttok_cli.files import json_object
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".jp2", ".raw", ".dng"}  # images, but not for us
 IMAGES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 LIST_ENCODING = "utf-8-sig"
+MAX_TEXT_BYTES = 1 << 20  # of the text that stands beside an image
+MAX_DEPTH = 200  # folders in folders; Python itself gives up at some hundreds
 NOT_UTF8 = "its name is not UTF-8; rename it"
 
 
@@ -63,6 +66,9 @@ def _walk(folder: Path, below: str = "", around: frozenset[tuple[int, int]] = fr
         return
     if (status.st_dev, status.st_ino) in around:
         yield Skipped(below, "a link to a folder that it lies in")
+        return
+    if len(around) > MAX_DEPTH:
+        yield Skipped(below, f"over {MAX_DEPTH} folders deep")
         return
     names = {entry.name.casefold() for entry in entries}
     for entry in entries:
@@ -133,8 +139,13 @@ def captioned(item: Item) -> Item | Skipped:
     """The item with the caption in NAME.txt beside its image, if there is one; without a caption it would be another item."""
     file = item.path.with_suffix(".txt")
     try:
+        status = file.stat()
+        if stat.S_ISDIR(status.st_mode):
+            return replace(item, caption=None)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_TEXT_BYTES:  # a pipe or a device would be read for ever
+            return Skipped(item.id, f"its caption {file} is no file, or one of over {MAX_TEXT_BYTES:,} bytes")
         return replace(item, caption=file.read_text(encoding="utf-8-sig").strip() or None)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         return replace(item, caption=None)
     except OSError as err:
         return Skipped(item.id, f"{file}: {err.strerror}")

@@ -11,11 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from texttok_cli.data.items import IMAGE_SUFFIXES, Item, Skipped
-from texttok_cli.data.listings import FOREIGN_SUFFIXES, IMAGES, foreign, is_utf8
+from texttok_cli.data.listings import FOREIGN_SUFFIXES, IMAGES, MAX_TEXT_BYTES, foreign, is_utf8
 from texttok_cli.files import json_object
 
 TEXT_SUFFIXES = {".json", ".txt", ".cls"}
-MAX_TEXT_BYTES = 1 << 20
 # A ValueError: a number in an extended header; Overflow and Memory: its size; Recursion: thousands of such headers on end.
 TAR_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 NOT_NORMAL = re.compile(r"/(?:[/.]|\Z)")  # where PurePosixPath, slow for millions, has more to do than to drop a "./" in front
