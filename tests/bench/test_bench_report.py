@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,30 @@ def test_names_that_are_no_unicode_and_missing_versions_are_written(latency_resu
     save_result(tmp_path / "a.json", latency_result.model_copy(update={"machine": machine}))
     write_report(find_results([tmp_path / "a.json"]), tmp_path / "out")
     assert r"caf\udce9" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_names_in_other_people_s_results_are_text_and_nothing_else(sweep: TradeoffResult, tmp_path: Path) -> None:
+    """No element, link or picture in the Markdown, no mathematics in the plots, and no file outside of the folder."""
+    name = "$\\frac{$\n\n<img src=//evil/1.png> [here](//evil) `a` \\| 3 <= 4"
+    tokens = {f"$\\x$ {series}": number for series, number in sweep.tokens.items()}
+    points = [point.model_copy(update={"series": f"$\\x$ {point.series}"}) for point in sweep.points]
+    hostile = sweep.model_copy(update={"name": name, "tokens": tokens, "points": points, "reference": None})
+    save_result(tmp_path / "in" / "..json", hostile)
+    write_report(find_results([tmp_path / "in"]), tmp_path / "out" / "deep")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json") == [
+        *("report.html", "report.md", "result.png", "result.svg")
+    ]
+    text = (tmp_path / "out" / "deep" / "report.md").read_text()
+    shown = r"$\\frac{$  \<img src=//evil/1.png> \[here\](//evil) \`a\` \\\| 3 <= 4"
+    assert f"## Speed and quality: {shown}\n" in text and r"| $\\x$ A | 32 |" in text
+    assert re.findall(r"(?<!\\)\]\((.*?)\)", text) == ["result.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no pipes")
+def test_a_pipe_in_a_folder_of_results_is_not_waited_for(latency_result: LatencyResult, tmp_path: Path) -> None:
+    save_result(tmp_path / "a.json", latency_result)
+    os.mkfifo(tmp_path / "b.json")
+    assert len(find_results([tmp_path])) == 1
 
 
 def test_the_paper_stands_beside_ours_in_a_column_of_its_own(sweep: TradeoffResult) -> None:
@@ -159,6 +184,7 @@ def rfid(samples: str, value: float, **card: Any) -> Result:
 
 def test_models_named_as_the_recipes_are_make_a_curve() -> None:
     values = {"texttok-32-128": 9.0, "texttok-64-128": 7.0, "baseline-32-128": 10.0, "mine": 1.0, "texttok-²-128": 2.0}
+    values["texttok-" + "9" * 5000 + "-128"] = 3.0
     found = rfid_by_tokens([rfid(name, value) for name, value in values.items()])
     assert found == {"texttok, 128 px": {32: [9.0], 64: [7.0]}, "baseline, 128 px": {32: [10.0]}}
 
@@ -278,6 +304,6 @@ def test_a_number_that_is_not_finite_is_refused(value: float, latency_result: La
 
 def test_pages_of_nothing_but_text_need_no_picture(latency_result: LatencyResult) -> None:
     tables = [target_table("t", latency_result)]
-    assert "| share | >= 0.7 | 0.8 | yes | <bf16> |" in markdown(tables)
+    assert r"| share | >= 0.7 | 0.8 | yes | \<bf16> |" in markdown(tables)
     assert "| a b \\| c |" in markdown([Table("t", ["n"], [["a\nb | c"]])])
     assert "<img" not in page(tables)

@@ -50,6 +50,8 @@ def test_a_setting_that_is_given_twice_is_one_point(tmp_path: Path) -> None:
         (("name: B", "name: A"), "two series have the same name"),
         (("steps: 20", "steps: 0"), r"series\.1\.steps\.0: .*greater than or equal to 1"),
         (("name: sweep", "name: ../evil"), "name: String should match pattern"),
+        (("name: sweep", "name: ."), "name: String should match pattern"),
+        (("name: sweep", 'name: "a\\0"'), "name: String should match pattern"),
         (("images: 8", "image: 8"), "image: Extra inputs"),
         (("images: 8", "images: ["), "not YAML"),
         (("images: 8", "images: 2024-13-45"), "not YAML: month must be in 1..12"),

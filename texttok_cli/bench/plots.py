@@ -27,7 +27,7 @@ def plot_tradeoff(result: TradeoffResult, path: Path) -> list[Path]:
     def ours(axes: Axes) -> None:
         _curves(axes, {name: curve(result, name) for name in result.tokens})
         images = result.points[0].images if result.points else 0
-        axes.set_title(f"measured: {result.name}\n{images:,} samples per point, {result.machine.name}", fontsize=8)
+        axes.set_title(_literal(f"measured: {result.name}\n{images:,} samples per point, {result.machine.name}"), fontsize=8)
         summary = summarize(result)
         if summary is not None and summary.speedup is not None:
             chosen, reference = summary.speedup.chosen, summary.speedup.reference
@@ -52,7 +52,7 @@ def plot_rfid(measured: Mapping[str, Mapping[int, Sequence[float]]], path: Path,
 
     def ours(axes: Axes) -> None:
         _by_tokens(axes, measured)
-        axes.set_title(f"measured: {caption}", fontsize=8)
+        axes.set_title(_literal(f"measured: {caption}"), fontsize=8)
 
     def theirs(axes: Axes) -> None:
         table = {name: paper.column("table1", "rFID", name, size) for name in ("Baseline", "TexTok")}
@@ -67,7 +67,7 @@ def _curves(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
 
     for i, (name, points) in enumerate(curves.items()):
         front = pareto(points)
-        [line] = axes.plot([p.seconds for p in front], [p.fid for p in front], label=name)
+        [line] = axes.plot([p.seconds for p in front], [p.fid for p in front], label=_literal(name))
         marker = MARKERS[i % len(MARKERS)]
         axes.scatter([p.seconds for p in points], [p.fid for p in points], color=line.get_color(), marker=marker, s=18)
     axes.set_xscale("log", subs=[])
@@ -81,12 +81,17 @@ def _by_tokens(axes: Axes, values: Mapping[str, Mapping[int, Sequence[float]]]) 
     """A mark for each value, and a line through the mean of each number of tokens."""
     for name, found in values.items():
         tokens = sorted(found)
-        [line] = axes.plot(tokens, [fmean(found[n]) for n in tokens], label=name)
+        [line] = axes.plot(tokens, [fmean(found[n]) for n in tokens], label=_literal(name))
         axes.plot([n for n in tokens for _ in found[n]], [value for n in tokens for value in found[n]], "o", color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("tokens")
     axes.set_ylabel("rFID")
+
+
+def _literal(text: str) -> str:
+    """Matplotlib takes what stands between two dollars for mathematics, and fails if it is none."""
+    return text.replace("$", r"\$")
 
 
 def _draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> list[Path]:

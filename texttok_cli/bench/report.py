@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from urllib.parse import quote
 
 from texttok_cli.bench import html, paper
 from texttok_cli.bench.machine import Machine
@@ -19,6 +21,8 @@ from texttok_cli.metrics.report import MUST_AGREE, Report, Result, load_report
 
 Curves = dict[str, dict[int, list[float]]]  # rFIDs by number of tokens, for each kind of model
 MISSING = "-"
+MAX_DIGITS = 20  # of a model's number of tokens and size: Python reads none of over 4300, and nothing draws them
+SPECIAL = re.compile(r"[\\`|\[\]]|<(?=[a-zA-Z/!?])")  # begins a code, a cell, a link or an element of HTML in Markdown
 HOW = ("text", "precision")  # how a model was run, of which there may be several evaluations
 
 
@@ -84,14 +88,19 @@ def _is_list(path: Path) -> bool:
 
 
 def _free_name(path: Path, taken: Container[str]) -> str:
-    """The file's stem; where another file has it, with the folder's name before it, and a number if that is taken too."""
-    names = chain([path.stem, f"{path.parent.name}-{path.stem}"], (f"{path.parent.name}-{path.stem}-{i}" for i in count(2)))
+    """The file's stem; where another file has it, with the folder's name before it, and a number if that is taken too.
+
+    Plots are called so: without leading dots, as `.` would be the folder itself.
+    """
+    stem = path.stem.lstrip(".") or "result"
+    names = chain([stem, f"{path.parent.name}-{stem}"], (f"{path.parent.name}-{stem}-{i}" for i in count(2)))
     return next(name for name in names if name not in taken)
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return [file for file in path.rglob("*.json") if "points" not in file.relative_to(path).parts]
+        found = (file for file in path.rglob("*.json") if "points" not in file.relative_to(path).parts)
+        return [file for file in found if file.is_file()]  # a pipe or a device would be read for ever
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder of results")
     return [path]
@@ -252,7 +261,7 @@ def rfid_by_tokens(results: Sequence[Result]) -> Curves:
     for name, _, how, value in once:
         kind, _, rest = name.partition("-")
         tokens, _, size = rest.partition("-")
-        if tokens.isdecimal() and size.isdecimal() and value is not None:
+        if tokens.isdecimal() and size.isdecimal() and len(rest) < MAX_DIGITS and value is not None:
             kinds.setdefault(f"{kind}, {size} px", {}).setdefault(how, {}).setdefault(int(tokens), []).append(value)
     curves: Curves = {}
     for kind, ways in kinds.items():
@@ -277,15 +286,16 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = ["# Results"]
     for table in tables:
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-        picture = f"![{table.title}]({table.picture.name})" if table.picture else ""
-        parts += [part for part in (f"## {table.title}", table.remark, picture, text) if part]
+        text = "\n".join("| " + " | ".join(map(_literal, line)) + " |" for line in lines)
+        title = _literal(table.title)
+        picture = f"![{title}]({quote(table.picture.name)})" if table.picture else ""
+        parts += [part for part in (f"## {title}", _literal(table.remark), picture, text) if part]
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
-    """What would end the cell or the row is in names of files and models too."""
-    return " ".join(text.splitlines()).replace("|", "\\|")
+def _literal(text: str) -> str:
+    """One line that Markdown shows as it is: names of files, models and machines may hold anything."""
+    return SPECIAL.sub(r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def page(tables: Sequence[Table]) -> str:

@@ -51,7 +51,7 @@ class Series(Config):
 class Spec(Config):
     """What `texttok bench tradeoff` is to do."""
 
-    name: str = Field(pattern=r"^[^/\\]{1,256}$")  # of the files that it gives
+    name: str = Field(pattern=r"^[^/\\.\x00][^/\\\x00]{0,255}$")  # of the files that it gives
     reference: str | None = None  # the series that the others are compared with
     ref: str | None = None  # reference images (folder, shard, manifest) or statistics (.npz) for the FID; --ref of the command wins
     images: int = Field(50_000, ge=2)  # samples of each point
