@@ -243,6 +243,7 @@ def drop_key(text: str, key: str) -> str:
         (lambda text: text.replace('"texttok_index": 2', '"texttok_index": 7'), "update texttok"),
         (lambda text: text.replace("shard-00000", "../shard-00000"), "shards.0.file"),
         (lambda text: text.replace('"images": 1', f'"images": {10**30}'), "shards.0.images"),
+        (lambda text: json.dumps({**json.loads(text), "shards": 2 * json.loads(text)["shards"]}), "it names a shard twice"),
         (lambda text: text.replace('"total": [', '"total": [0.5,'), "its statistics are not all of the same number of channels"),
         (lambda text: re.sub(r'("squares": \[)[^,]+', r"\g<1>1e9", text), "its mean and std are not those of its shards"),
         (lambda text: re.sub(r'("mean": \[)[^,]+', r"\g<1>9", text), "its mean and std are not those of its shards"),

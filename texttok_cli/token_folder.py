@@ -99,7 +99,9 @@ class TokenIndex(Config):
     shards: list[Shard] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _statistics_agree(self) -> TokenIndex:
+    def _shards_agree(self) -> TokenIndex:
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("it names a shard twice")
         parts = [shard.statistics for shard in self.shards if shard.statistics is not None]
         lists = [values for part in parts for values in (part.total, part.squares)]
         lists += [values for values in (self.mean, self.std) if values is not None]

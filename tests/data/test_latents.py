@@ -1,5 +1,6 @@
 """The latent store: what it takes and refuses, and the order of its batches."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_what_is_not_whole_or_not_of_the_tokenizer_is_refused(tmp_path: Path) ->
         open_store(whole)
     shard.unlink()
     with pytest.raises(TokenFileError, match="no such file"):
+        open_store(whole)
+
+
+def test_no_memory_is_taken_for_images_that_an_index_makes_up(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", make(0, 4))
+    index = json.loads((whole / "index.json").read_text())
+    [shard] = index["shards"]
+    index["shards"] += [{**shard, "file": f"shard-{i:05d}.tok.safetensors", "images": 1_000_000} for i in range(1, 5001)]
+    (whole / "index.json").write_text(json.dumps(index))
+    with pytest.raises(TokenFileError, match=r"index\.json names 5,000,000,004 images, more than its shards hold"):
         open_store(whole)
 
 

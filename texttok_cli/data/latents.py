@@ -5,7 +5,7 @@ Letters: n images, B batch, N latent tokens, d latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from texttok_cli.data.listings import read_captions
 from texttok_cli.data.loader import SampleStream, batch_starts
-from texttok_cli.errors import DataError
+from texttok_cli.errors import DataError, TokenFileError
 from texttok_cli.token_folder import Statistics, TokenIndex, read_index, read_shards
 
 MAX_SHARE = 0.25  # of a GPU's free memory that latents may take; the rest is for the training
@@ -50,7 +50,7 @@ class LatentStore:
         captions: list[str | None] = []
         for part in (part for folder in indices for part in read_shards(folder)):
             if not filled:  # whole at once: parts put together at the end would take twice the memory
-                z = torch.empty(sum(shard.images for index in indices.values() for shard in index.shards), *part.z.shape[1:], dtype=dtype)
+                z = torch.empty(_images(indices, part.z[0].numel()), *part.z.shape[1:], dtype=dtype)
             if part.z.shape[1:] != z.shape[1:]:
                 raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not from one tokenizer; encode again")
             z[filled : filled + len(part)] = part.z
@@ -80,6 +80,16 @@ class LatentStore:
         if missing is not None:
             raise DataError(f"{missing}: its tokens have no caption: encode with a text model, or give data.captions=FILE.jsonl")
         return [str(text) for text in texts]
+
+
+def _images(indices: Mapping[Path, TokenIndex], numbers: int) -> int:
+    """How many images the folders hold, of so many numbers each. TokenFileError for a folder whose files are too small for them."""
+    for folder, index in indices.items():
+        images = sum(shard.images for shard in index.shards)
+        there = sum(path.stat().st_size for shard in index.shards if (path := folder / shard.file).is_file())
+        if images * numbers > there:  # a number takes a byte or more
+            raise TokenFileError(f"{folder}: index.json names {images:,} images, more than its shards hold; encode again")
+    return sum(shard.images for index in indices.values() for shard in index.shards)
 
 
 def _check(folder: Path, index: TokenIndex, made_by: Sequence[str]) -> None:
