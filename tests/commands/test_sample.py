@@ -108,6 +108,23 @@ def test_the_classes_are_listed(by_class: Run, by_text: Run) -> None:
     assert "prompt.safetensors: names no classes" in by_text("--list-classes").err
 
 
+@pytest.mark.parametrize(
+    ("form", "size", "message"), [("EPS", (32, 32), "not an image"), ("PNG", (64, 16), "is 64 x 16, not 32 x 32; remove it")]
+)
+def test_images_of_another_program_in_the_folder_are_not_taken_for_ours(
+    form: str, size: tuple[int, int], message: str, by_class: Run, tmp_path: Path
+) -> None:
+    """An EPS would be run by Ghostscript."""
+    out = tmp_path / "out"
+    by_class("--class", "rose", "-n", "3", "-o", out)
+    (out / "grid.png").unlink()
+    planted = out / "images" / "000001.png"
+    Image.new("RGB", size).save(planted, form)
+    if form == "EPS":
+        planted.write_bytes(planted.read_bytes() + sample_folder.PNG_END)
+    assert f"{planted}: {message}" in one_line(by_class("--class", "rose", "-n", "3", "-o", out).err)
+
+
 def test_listed_classes_move_no_cursor(texttok: Run, generators: Path, tmp_path: Path) -> None:
     file = save_tiny_generator(tmp_path / "g.safetensors", generators / "text.safetensors", BY_CLASS, classes=["a\nb", "\x1b[2J", "c", "d"])
     assert texttok("sample", "--model", file, "--list-classes").out == "a\\nb\n\\x1b[2J\nc\nd\n"

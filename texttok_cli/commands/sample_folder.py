@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from texttok_cli.data import save_png, save_pngs, to_tensor
+from texttok_cli.data import load_image, save_png, save_pngs, to_tensor
 from texttok_cli.errors import DataError, UsageError
 from texttok_cli.files import atomic_path, check_can_be_folder, json_object, write_json
 from texttok_cli.metrics.sources import NpzImages, writing_npz
@@ -113,21 +113,29 @@ class SampleFolder:
         if there != self.n:
             raise DataError(f"{self.npz}: holds {there:,} images, not {self.n:,}; remove it to make its images again")
 
+    def _open(self, i: int, size: int | None = None) -> Image.Image:
+        """An image that was there before may be of another program: DataError unless it can be read, and is of this size."""
+        path = self.image(i)
+        image = load_image(path.read_bytes(), name=str(path))
+        if size is not None and image.size != (size, size):
+            raise DataError(f"{path}: is {image.width} x {image.height}, not {size} x {size}; remove it to make it again")
+        return image
+
     def _draw_grid(self, columns: int) -> None:
-        images = [Image.open(self.image(i)) for i in range(min(self.n, GRID_IMAGES))]
+        size = self._open(0).width
+        images = [self._open(i, size) for i in range(min(self.n, GRID_IMAGES))]
         columns = min(columns, len(images))
-        size = images[0].width
         grid = Image.new("RGB", (columns * size, math.ceil(len(images) / columns) * size), "white")
         for i, image in enumerate(images):
             grid.paste(image, (i % columns * size, i // columns * size))
         save_png(self.grid, grid)
 
     def _write_npz(self, labels: Sequence[int] | None) -> None:
-        size = Image.open(self.image(0)).width
+        size = self._open(0).width
         with atomic_path(self.npz) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with writing_npz(archive, self.n, size) as write:
                 for i in range(self.n):
-                    write(to_tensor(Image.open(self.image(i)))[None])
+                    write(to_tensor(self._open(i, size))[None])
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
