@@ -40,6 +40,12 @@ def test_extends_merges_and_the_leaf_wins(recipe: Path) -> None:
     assert (loaded.model.num_tokens, loaded.data.train) == (7, ["x"])
 
 
+def test_extending_oneself_by_another_way_is_an_error_too(recipe: Path) -> None:
+    recipe.write_text(f"extends: ../{recipe.parent.name}/{recipe.stem}\n")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(str(recipe))
+
+
 def test_extending_oneself_is_an_error(recipe: Path) -> None:
     recipe.write_text("extends: mine\n")
     with pytest.raises(RecipeError, match="extends itself"):
@@ -164,11 +170,26 @@ def test_an_override_that_is_no_value_is_one_clear_line(recipe: Path) -> None:
 
 
 def test_what_aliases_blow_up_is_shown_short(recipe: Path) -> None:
-    lists = "".join(f"  - &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+    lists = "".join(f"  - &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(4))
     recipe.write_text(f"data:\n  train:\n  - &a0 [x]\n{lists}")
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(recipe))
-    assert len(str(caught.value)) < 100_000
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.parametrize("first", ["k: 1", "k: *b0"])
+def test_aliases_that_stand_for_any_number_of_values_are_refused(first: str, recipe: Path) -> None:
+    """Merging two such recipes took as long as their values are many."""
+    recipe.write_text(f"b0: &b0 {{{first}}}\n" + "".join(f"b{i}: &b{i} {{p: *b{i - 1}, q: *b{i - 1}}}\n" for i in range(1, 40)))
+    with pytest.raises(RecipeError, match="not readable as YAML: over 100,000 values, counting what aliases repeat"):
+        load_recipe(str(recipe))
+
+
+def test_a_recipe_that_others_extend_many_times_is_read_once(recipe: Path) -> None:
+    for i in range(40):
+        (recipe.parent / f"r{i}.yaml").write_text(f"extends: [r{i + 1}, ../{recipe.parent.name}/r{i + 1}]\n")
+    (recipe.parent / "r40.yaml").write_text(f"extends: {recipe.stem}\n")
+    assert load_recipe(recipe.parent / "r0.yaml") == load_recipe(recipe)
 
 
 def test_the_dump_loads_as_the_same_recipe() -> None:

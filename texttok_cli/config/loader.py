@@ -85,9 +85,12 @@ def _find(name: str) -> Path:
     raise RecipeError(f"{name}: no such recipe, neither a file nor one that comes with texttok; {hint}")
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file with what it extends merged underneath."""
-    if path in seen:
+def _read(path: Path, seen: tuple[Path, ...] = (), read: dict[Path, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A recipe file with what it extends merged underneath; `read` are those that others extend, each of which is read once."""
+    read, place = {} if read is None else read, path.resolve()  # one that extends ../here/ITSELF has ever longer paths
+    if place in read:
+        return read[place]
+    if place in seen:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
     try:
         data = parse_yaml(path.read_text(encoding="utf-8")) or {}
@@ -101,8 +104,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends names a recipe, or a list of them, not {SHORT.repr(said)}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, _read(_find_parent(parent, path), (*seen, path)))
-    return merge(merged, data)  # type: ignore[no-any-return]
+        merged = merge(merged, _read(_find_parent(parent, path), (*seen, place), read))
+    read[place] = merge(merged, data)
+    return read[place]
 
 
 def _find_parent(name: str, child: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+MAX_VALUES = 100_000  # of a text, those that aliases repeat counted each time: some lines of aliases could stand for any number
 MAX_DIGITS = 1000  # Python writes no number of over 4300
 
 
@@ -34,9 +35,21 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, which can't run anything. ValueError, one line, for one that is none."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _check_size(value)
+        return value
     except RecursionError:
         raise ValueError("nested too deeply") from None
     # A value that is not of its kind, such as the date 2024-13-45, is no YAMLError; nor is a number in base 60 (1:30:00.5) beyond float64.
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, OverflowError) as err:
         raise ValueError(" ".join(str(err).split())) from None
+
+
+def _check_size(value: Any) -> None:
+    left = [value]
+    for _ in range(MAX_VALUES):
+        if not left:
+            return
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    raise ValueError(f"over {MAX_VALUES:,} values, counting what aliases repeat")
