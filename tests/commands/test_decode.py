@@ -1,6 +1,7 @@
 """`texttok decode`, as a person runs it, and as a hostile token file would have it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,20 @@ RESERVED = [
 )
 def test_safe_parts(image_id: str, parts: list[str]) -> None:
     assert safe_parts(image_id) == parts
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs rights to make links there")
+def test_a_link_that_came_with_the_tokens_leads_nowhere_else(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
+    tokens = tmp_path / "a.tok.safetensors"
+    save_tokens(tokens, make("sub/deep/x.png", "y.png"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.rec").mkdir()
+    (tmp_path / "a.rec" / "sub").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    run = decode(tokens)
+    assert run.code == 1 and "a.rec/sub/deep: a link leads out of" in one_line(run.err) and pngs(tmp_path) == []
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # the person's own
+    assert decode(tokens, "-o", tmp_path / "out").code == 0
+    assert pngs(tmp_path / "elsewhere") == ["sub/deep/x.png", "y.png"]
 
 
 def test_an_id_that_stands_three_times_overwrites_nothing(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:

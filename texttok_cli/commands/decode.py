@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
@@ -173,7 +174,10 @@ class _Target:
         if self.out is None and not source.is_dir() and self.counts[source] == 1:
             return place.with_name(f"{name}.rec.png")
         *folders, last = safe_parts(image_id)
-        folder = (self.out or place.with_name(f"{name}.rec")).joinpath(*folders)
+        root = self.out or place.with_name(f"{name}.rec")
+        folder = root.joinpath(*folders)
+        if not _is_within(folder, root):
+            raise DataError(f"{folder}: a link leads out of {root}: remove it, or choose another --out")
         stem = last[: last.rindex(".")] if Path(last).suffix.lower() in self.image_suffixes else last
         path = folder / f"{stem}.png"
         # a.png and a.jpg of one folder: the second keeps its whole name.
@@ -184,6 +188,12 @@ def _name(image_id: str, flipped: bool) -> str:
     """The id under which an image is written; that of its mirrored copy: dog.png -> dog.mirrored.png."""
     path = PurePosixPath(image_id)
     return str(path.with_name(f"{path.stem}.mirrored{path.suffix}")) if flipped and path.name else image_id
+
+
+@cache
+def _is_within(folder: Path, root: Path) -> bool:
+    """Wherever links in the root, which may have come with the tokens, lead."""
+    return folder.resolve().is_relative_to(root.resolve())
 
 
 def safe_parts(image_id: str) -> list[str]:
