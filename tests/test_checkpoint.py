@@ -151,6 +151,7 @@ def test_a_file_names_the_classes_that_condition_its_model(save_model: Callable[
 def test_a_runs_model_is_called_as_its_run() -> None:
     assert model_name(Path("runs/texttok-32-256/model.safetensors")) == "texttok-32-256"
     assert model_name(Path("elsewhere/mine.safetensors")) == "mine"
+    assert model_name(Path("/runs/a\\b/model.safetensors")) == model_name(Path("a\\b.safetensors")) == "a_b"
     assert model_name(Path("/cache/models--owner--texttok-64/snapshots/0123abcd/model.safetensors")) == "texttok-64"
 
 

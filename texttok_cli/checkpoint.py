@@ -78,12 +78,14 @@ class GeneratorHeader(Config):
 
 def model_name(path: Path) -> str:
     """What a model is called: its file's stem; every run's is model.safetensors, which is called as its folder, or its repository."""
-    if path.stem != "model":
-        return path.stem
     folder = path.absolute().parent
-    if folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/COMMIT/model.safetensors
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.name or path.stem
+    if path.stem != "model":
+        name = path.stem
+    elif folder.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/COMMIT/model.safetensors
+        name = folder.parent.parent.name.rpartition("--")[2]
+    else:
+        name = folder.name or path.stem
+    return name.replace("\\", "_")  # in no file that holds the name can it be a path
 
 
 @dataclass(frozen=True, slots=True)
