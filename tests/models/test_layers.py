@@ -1,12 +1,15 @@
 """Attention against its formula in float64, by every way that it is computed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from texttok_cli.config.schema import Backbone
 from texttok_cli.models import layers
-from texttok_cli.models.layers import Attention, CrossAttention, attend, exact_convolutions, in_precision
+from texttok_cli.models.layers import Attention, CrossAttention, attend, in_precision
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -95,6 +98,25 @@ def test_that_norm_is_in_float32_under_autocast() -> None:
     torch.testing.assert_close(y, normalised(x, norm.weight))
 
 
-def test_convolutions_that_measure_are_not_rounded() -> None:
+def test_convolutions_that_measure_are_not_rounded_whatever_the_program_asked_for() -> None:
+    code = """
+import torch
+from texttok_cli.models.layers import exact_convolutions
+
+conv = torch.backends.cudnn.conv
+
+def check():
+    before = conv.fp32_precision
     with exact_convolutions():
-        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled
+        torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1))
+        assert conv.fp32_precision == "ieee" and torch.backends.cudnn.enabled and torch.backends.cudnn.deterministic
+    assert conv.fp32_precision == before
+
+torch.backends.cudnn.deterministic = True
+check()
+torch.backends.fp32_precision = "tf32"
+check()
+conv.fp32_precision = "ieee"
+check()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # these settings are of the whole process

@@ -5,8 +5,8 @@ Letters: B batch, L sequence, K kept tokens, T condition tokens, D width, H head
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -159,9 +159,17 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
     """Within it cuDNN's convolutions don't round float32 to TF32, their default: what is measured would depend on the machine."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    # Not by cudnn.flags: it gives way to, and may fail with, what a program says by these newer names, and undoes its `deterministic`.
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
