@@ -1,5 +1,7 @@
 """The one entry point: guidance of real tiny models, seeds, what runs when, and mistakes."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -149,6 +151,47 @@ def test_steps_are_recorded_again_for_the_next_batch() -> None:
     model, ids = build().cuda(), IDS.cuda()
     first, second = (draw(model, class_ids=ids, precision="bf16") for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+class Recorder:
+    """Stands for `torch.cuda`'s streams and graphs: notes on what and how is recorded, and replays by running again."""
+
+    def __init__(self, again: Callable[[], object]) -> None:
+        self.streams: list[object] = []
+        self.recorded: list[tuple[object, str]] = []
+        self.replay = again
+
+    def stream(self, device: torch.device) -> object:
+        self.streams.append(device)
+        return len(self.streams)
+
+    @contextmanager
+    def graph(self, graph: object, *, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert graph is self and prepared._recording.locked()
+        self.recorded.append((stream, capture_error_mode))
+        yield
+
+
+def test_recordings_share_a_stream_and_bear_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.zeros(3), torch.zeros(3)  # where a graph reads and writes
+
+    def double(given: Tensor) -> Tensor:
+        nonlocal x
+        x = given
+        return torch.mul(given, 2, out=y)
+
+    recorder = Recorder(lambda: double(x))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "Stream", recorder.stream)
+    monkeypatch.setattr(torch.cuda, "graph", recorder.graph)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    prepared._recording_stream.cache_clear()
+    for _ in range(2):
+        replayed = prepared.Replayed(double)
+        values = [replayed(torch.full((3,), float(i))) for i in range(4)]
+        assert [int(value[0]) for value in values[1:]] == [2, 4, 6]
+    prepared._recording_stream.cache_clear()  # holds no GPU's
+    assert recorder.recorded == 2 * [(1, "thread_local")] and recorder.streams == [torch.device("cpu")]
 
 
 def test_autoguidance_goes_away_from_the_guides_prediction() -> None:

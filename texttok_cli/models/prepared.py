@@ -5,8 +5,9 @@ Letters: B batch, N tokens, D width, K distinct conditions (classes, and the nul
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,6 +26,8 @@ MODULATION_ROWS = 2048
 REPLAYED_ROWS = 8192
 # Without cuDNN's, which may refuse the stream of a recording.
 RECORDABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+_recording = threading.Lock()  # one at a time: each begins by waiting for the whole GPU, which fails while another is being made
 
 KeysValues = tuple[Tensor, Tensor]  # (B, H, T, E) each
 
@@ -136,14 +139,21 @@ class Replayed:
         if self.graph is None:
             self.inputs = [tensor.clone() for tensor in inputs]
             graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-            # On the inputs' GPU, which need not be torch's current one; left alone it records a stream of that.
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream), sdpa_kernel(RECORDABLE):
+            # On the inputs' GPU, which need not be torch's current one. By default another thread that asks for GPU memory meanwhile,
+            # or for pinned memory as a loader does, would fail and make this fail.
+            recording = torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local")
+            with _recording, torch.cuda.device(device), recording, sdpa_kernel(RECORDABLE):
                 self.output = self.function(*self.inputs)
             self.graph = graph
         torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return self.output.clone()  # the next replay writes over it
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all recordings on a GPU: cuBLAS keeps megabytes for every stream that it ever multiplied on, on some GPUs 32."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _distinct(dit: DiT, class_ids: Tensor | None, cond: Condition | None, *, null: bool) -> tuple[Tensor | None, Tensor, int]:
