@@ -26,6 +26,15 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
             pick_device(device)
 
 
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device(device)) for device in ("cuda", "cuda:1", "cpu:0")] == ["cuda", "cuda:1", "cpu:0"]
+    for device in ("cuda:2", "cuda:-1", "cuda:", "cuda:one", "cpu:1"):
+        with pytest.raises(BackendError, match=f"--device {device}: not available here"):
+            pick_device(device)
+
+
 def test_every_device_says_in_its_own_way_that_memory_is_out() -> None:
     with pytest.raises(RuntimeError) as of_cpu:
         torch.empty(10**15)
@@ -33,6 +42,10 @@ def test_every_device_says_in_its_own_way_that_memory_is_out() -> None:
         "MPS backend out of memory (MPS allocated: 8.89 GB, other allocations: 172.98 MB, max allowed: 9.07 GB)",
         "Invalid buffer size: 20.93 GiB",
         "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes.",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error ... ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
     )
     for err in (of_cpu.value, torch.OutOfMemoryError("CUDA out of memory."), *map(RuntimeError, texts)):
         assert out_of_memory(err)

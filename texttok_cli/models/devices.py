@@ -13,8 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from texttok_cli.errors import BackendError
 
-# How torch says so of MPS (altogether; for one tensor) and of the CPU (Linux, macOS; Windows): RuntimeErrors of no type of their own.
-NO_MEMORY = re.compile("MPS backend out of memory|Invalid buffer size|DefaultCPUAllocator: (can't allocate|not enough) memory")
+# How torch says so of MPS (altogether; for one tensor), of the CPU (Linux, macOS; Windows) and of a GPU that is full already, where CUDA
+# and its libraries need some for themselves: RuntimeErrors of no type of their own.
+NO_MEMORY = re.compile(
+    "MPS backend out of memory|Invalid buffer size|DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|CUDA error: out of memory|Cuda failure( \d+)? 'out of memory'|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*_FAILED"
+)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -23,13 +27,15 @@ def pick_device(device: str | torch.device) -> torch.device:
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])
-    if not has.get(device.partition(":")[0], False):
+    kind, colon, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not has.get(kind, False) or (colon and not (number.isdecimal() and int(number) < count)):
         raise BackendError(f"--device {device}: not available here; use --device cpu")
     return torch.device(device)
 
 
 def out_of_memory(err: RuntimeError) -> bool:
-    """Whether it says that a device has not enough memory; torch.OutOfMemoryError is raised for CUDA alone."""
+    """Whether it says that a device has not enough memory; torch.OutOfMemoryError is raised for tensors of CUDA alone."""
     return isinstance(err, torch.OutOfMemoryError) or NO_MEMORY.search(str(err)) is not None
 
 
