@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 
@@ -25,6 +26,16 @@ def test_processes_that_would_each_train_alone_are_refused(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(BackendError, match=r"^2 processes can't train together on \w+: start one, or add --device cpu$"):
         Engine(load_recipe(str(recipe_file()), []).training, out=tmp_path, device="auto")
+
+
+def test_fp32_is_not_rounded_by_accelerate(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_gpu(**how: object) -> object:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as it does on one for a model that is compiled
+        return accelerate.Accelerator(**how)
+
+    monkeypatch.setattr("texttok_cli.training.engine.Accelerator", on_a_gpu)
+    engine("training.precision=fp32", "training.compile=true")
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32" and not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

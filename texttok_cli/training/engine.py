@@ -48,6 +48,7 @@ class Engine:
         dynamo = TorchDynamoPlugin(backend="inductor" if cfg.compile else "no", dynamic=False)
         if cfg.compile:
             torch._dynamo.config.recompile_limit = 64  # text lengths in steps of 8, each with and without a mask
+        rounds = torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.accelerator = Accelerator(
             # Not left to Accelerate: without an accelerator it takes every process of a launch for a run of its own.
             cpu=device == "cpu" or (device == "auto" and not torch.accelerator.is_available()),
@@ -57,6 +58,8 @@ class Engine:
             log_with=list(cfg.trackers) or None,
             project_dir=str(out),
         )
+        if not rounds:  # Accelerate sets it for compiled fp32 on a GPU, where fp32 would be TF32
+            torch.backends.cuda.matmul.allow_tf32 = False
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
             # Accelerate looks for FSDP on accelerators only; FSDP2 itself runs over gloo as well.
             self.accelerator.state.distributed_type = DistributedType.FSDP
