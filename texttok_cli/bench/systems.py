@@ -56,7 +56,7 @@ class TexTokSystem:
 
     def __init__(self, series: Series, *, images: int, seed: int, device: torch.device, precision: Precision, offline: bool) -> None:
         self.generator = load_generator(
-            series.generator, tokenizer=series.tokenizer, captions=series.captions, device=device.type, precision=precision, offline=offline
+            series.generator, tokenizer=series.tokenizer, captions=series.captions, device=device, precision=precision, offline=offline
         )
         self.config = self.generator.dit.cfg
         self.tokens, self.image_size = self.config.latents.num_vectors, self.generator.tokenizer.cfg.image_size
