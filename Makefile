@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Some machines set these for every shell: .venv would lack what lies there already, or pip would refuse to fill it.
+unexport PYTHONPATH
+export PIP_USER := no
+
 .PHONY: demo test check clean
 
 demo: $(VENV)/.ready

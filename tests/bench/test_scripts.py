@@ -1,4 +1,4 @@
-"""Scripts of benchmarks/: what is there already is handed to `texttok train`, which compares recipes, and not skipped."""
+"""Scripts of benchmarks/, and the Makefile: what is there already is handed to `texttok train`, which compares recipes, and not skipped."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def test_a_finished_run_is_compared_with_the_keys_that_are_given(val: str, tmp_p
     (run / "model.safetensors").write_bytes(b"model")
     texttok = tmp_path / "bin" / "texttok"
     texttok.parent.mkdir()
-    texttok.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    texttok.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
     texttok.chmod(0o755)
     chosen = {"SIZE": "256 512", "TOKENS": "32", "KINDS": "texttok", "TRAIN": "train.tar", "VAL": val}
     environment = {**os.environ, **chosen, "OUT": str(run.parent), "PATH": f"{texttok.parent}:{os.environ['PATH']}"}
@@ -34,6 +34,16 @@ def test_a_finished_run_is_compared_with_the_keys_that_are_given(val: str, tmp_p
     keys = f"model.num_tokens=32 data.train=train.tar data.val={val or '[]'} schedule.steps=7"
     assert calls[0] == f"train tokenizer/texttok-32-256 {keys} --out {run}"
     assert [call.split()[0] for call in calls] == (["train", "eval", "train", "eval", "bench"] if val else ["train", "train"])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="this system has no make")
+def test_make_fills_and_uses_its_own_environment_whatever_the_shell_sets(tmp_path: Path) -> None:
+    more = tmp_path / "more.mk"
+    more.write_text("show: ; @echo $$PYTHONPATH,$$PIP_USER\n")
+    command = ["make", "-s", "-f", "Makefile", "-f", str(more), "show"]
+    environment = os.environ | {"PYTHONPATH": "elsewhere", "PIP_USER": "1"}
+    run = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout == ",no\n"
 
 
 def load(name: str) -> ModuleType:
