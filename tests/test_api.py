@@ -24,6 +24,10 @@ def test_every_public_name_is_there_and_lazy_homes_agree() -> None:
     assert {*texttok_cli.__all__, "__version__"} <= set(dir(texttok_cli))
 
 
+def test_a_script_that_uses_it_is_type_checked_against_it() -> None:
+    assert (Path(texttok_cli.__file__).parent / "py.typed").is_file()
+
+
 def example() -> str:
     """The indented lines of the package's docstring."""
     return "\n".join(re.findall(r"^    (.*)$", texttok_cli.__doc__ or "", re.MULTILINE))
