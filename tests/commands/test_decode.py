@@ -222,6 +222,16 @@ def test_a_link_that_came_with_the_tokens_leads_nowhere_else(decode: Run, make: 
     assert pngs(tmp_path / "elsewhere") == ["sub/deep/x.png", "y.png"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs rights to make links there")
+def test_a_link_that_came_since_the_last_run_leads_nowhere_else(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
+    tokens = tmp_path / "a.tok.safetensors"
+    save_tokens(tokens, make("sub/x.png", "y.png"))
+    assert decode(tokens).code == 0
+    (tmp_path / "a.rec" / "sub").rename(tmp_path / "elsewhere")
+    (tmp_path / "a.rec" / "sub").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert "a.rec/sub: a link leads out of" in one_line(decode(tokens).err)
+
+
 def test_an_id_that_stands_three_times_overwrites_nothing(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
     save_tokens(tmp_path / "a.tok.safetensors", make("a.png", "a.png", "a.png"))
     run = decode(tmp_path / "a.tok.safetensors")

@@ -139,6 +139,7 @@ class _Target:
         self.total = sum(self.counts.values())
         self.paths: dict[Path, Path] = {}  # of every image -> the input it comes from
         self.image_suffixes = IMAGE_SUFFIXES
+        self.is_within = cache(_is_within)  # of this run alone: another one may find other links
         suffix = "" if out is None or out.is_dir() else out.suffix.lower()
         self.is_file = suffix == ".png" and self.total == 1
         if suffix in IMAGE_SUFFIXES and not self.is_file:
@@ -176,7 +177,7 @@ class _Target:
         *folders, last = safe_parts(image_id)
         root = self.out or place.with_name(f"{name}.rec")
         folder = root.joinpath(*folders)
-        if not _is_within(folder, root):
+        if not self.is_within(folder, root):
             raise DataError(f"{folder}: a link leads out of {root}: remove it, or choose another --out")
         stem = last[: last.rindex(".")] if Path(last).suffix.lower() in self.image_suffixes else last
         path = folder / f"{stem}.png"
@@ -190,7 +191,6 @@ def _name(image_id: str, flipped: bool) -> str:
     return str(path.with_name(f"{path.stem}.mirrored{path.suffix}")) if flipped and path.name else image_id
 
 
-@cache
 def _is_within(folder: Path, root: Path) -> bool:
     """Wherever links in the root, which may have come with the tokens, lead."""
     return folder.resolve().is_relative_to(root.resolve())
