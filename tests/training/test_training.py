@@ -664,6 +664,14 @@ def test_text_cache_gives_the_same_training(recipe_file: RecipeFile, tmp_path: P
     assert list((tmp_path / "cached" / "text").glob("part-*.safetensors"))
 
 
+def test_an_image_without_a_caption_is_told_with_a_remedy(recipe_file: RecipeFile, tmp_path: Path, pictures: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(pictures, bare, ignore=shutil.ignore_patterns("*.txt"))
+    with pytest.raises(DataError, match=r"even/00\.png: has no caption; .* give them as data\.captions") as raised:
+        train(recipe_file(data={"train": [str(bare)]}), tmp_path / "run")
+    assert "--" not in str(raised.value)  # `texttok train` has none of the options of `texttok encode`
+
+
 @pytest.mark.parametrize("where", ["train", "val"])
 def test_captions_with_more_words_than_the_recipe_allows_are_refused(
     recipe_file: RecipeFile, tmp_path: Path, pictures: Path, where: str

@@ -19,13 +19,13 @@ NO_CAPTION_HELP = (
 )
 
 
-def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None) -> list[str]:
+def texts_for(items: Sequence[Item], cond: TextCondition, *, caption_field: str | None = None, remedy: str = NO_CAPTION_HELP) -> list[str]:
     """The text of each image: its caption, or its class put into a template.
 
-    DataError names an image that has none (for a shard item the message also names `caption_field`), and an image whose class is a
-    WordNet id instead of text.
+    DataError names an image that has none with the remedy (for a shard item: with another `caption_field`), and an image whose class is
+    a WordNet id instead of text.
     """
-    return [_text_of(item, cond, caption_field) for item in items]
+    return [_text_of(item, cond, caption_field, remedy) for item in items]
 
 
 def check_words(items: Sequence[Item], captions: Sequence[str], limit: int) -> None:
@@ -39,7 +39,7 @@ def check_words(items: Sequence[Item], captions: Sequence[str], limit: int) -> N
             )
 
 
-def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
+def _text_of(item: Item, cond: TextCondition, caption_field: str | None, remedy: str) -> str:
     if cond.source == "class_text" and item.class_name is not None:
         try:
             return class_text(item.class_name)
@@ -49,7 +49,7 @@ def _text_of(item: Item, cond: TextCondition, caption_field: str | None) -> str:
         where = f"{item.id}: its .json has no caption under {caption_field!r}"
         raise DataError(f"{where}; name another key with --caption-field or data.caption_field")
     if item.caption is None:
-        raise DataError(f"{item.id}: has no caption; {NO_CAPTION_HELP}")
+        raise DataError(f"{item.id}: has no caption; {remedy}")
     return item.caption
 
 

@@ -22,6 +22,11 @@ from texttok_cli.training.report import Reporter
 # Indices into a data set -> the condition of those examples, as the keyword arguments of the model's forward.
 Conditioner = Callable[[Sequence[int]], dict[str, Any]]
 
+NO_CAPTION_REMEDY = (
+    "the recipe's model is conditioned on text: make captions with `texttok caption` and give them as data.captions,"
+    " or train the twin without text (a recipe called baseline)"
+)
+
 
 def build_conditioners(
     recipe: TokenizerRecipe, datasets: Sequence[Dataset], out: Path, engine: Engine, report: Reporter, offline: bool
@@ -34,7 +39,8 @@ def build_conditioners(
         named = [[(item.id, item.class_name) for item in dataset.items] for dataset in datasets]
         classes, ids = class_ids(named, cond.num_classes, engine.device)
         return [class_conditioner(part, cond=None) for part in ids], classes
-    texts = [texts_for(dataset.items, cond, caption_field=recipe.data.caption_field) for dataset in datasets]
+    field = recipe.data.caption_field
+    texts = [texts_for(dataset.items, cond, caption_field=field, remedy=NO_CAPTION_REMEDY) for dataset in datasets]
     if cond.source == "caption" and recipe.data.max_words is not None:
         for dataset, part in zip(datasets, texts, strict=True):
             check_words(dataset.items, part, recipe.data.max_words)
