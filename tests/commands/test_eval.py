@@ -847,7 +847,7 @@ def test_two_processes_find_what_one_does(models: Path, pictures: Path, tmp_path
     twins = ["-m", models / "text.safetensors", "-m", models / "plain.safetensors"]
     command = ["eval", "--metric", "psnr,ssim", *twins, "--data", pictures, "-b", "2", "-q", "--html", tmp_path / "page.html", "-o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--log-dir", str(tmp_path), "--nproc-per-node", "2"]
     found = []
     for number, launcher in enumerate(([], launch)):
         out = tmp_path / f"{number}.json"

@@ -67,9 +67,9 @@ def assert_it_goes_on_to_the_bit(recipe: Path, folder: Path) -> None:
 
 def launched(recipe: Path, out: Path, **environment: str) -> str:
     """Run in two processes; what they said. Processes that don't come to their end say where they are."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "texttok_cli", "train"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--log-dir", str(out.parent / "log"), "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        [*launcher, str(recipe), "--out", str(out), "--device", "cpu", "--offline"],
+        [sys.executable, *launcher, "-m", "texttok_cli", "train", str(recipe), "--out", str(out), "--device", "cpu", "--offline"],
         env=ENVIRONMENT | {"PYTHONFAULTHANDLER": "1"} | environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
