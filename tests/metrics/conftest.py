@@ -56,7 +56,9 @@ def kept(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], torch.Te
         assert request.config.cache is not None
         path = Path(request.config.cache.mkdir("texttok-features")) / f"{name}-{key}.pt"
         if not path.exists():
-            torch.save(compute(), path)
+            partial = path.with_suffix(".part")  # a run that ends while it writes leaves no half of a tensor to all later ones
+            torch.save(compute(), partial)
+            partial.replace(path)
         return torch.load(path, weights_only=True)
 
     return get
