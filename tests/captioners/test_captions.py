@@ -193,7 +193,7 @@ def test_lines_are_there_at_once_and_read_again(tmp_path: Path) -> None:
         assert json.loads(path.read_text()) == {"id": "a", "caption": "é", **MADE_BY}
         lines.add([{"id": "b", "caption": "B"}])
     with CaptionLines(path, MADE_BY) as lines:
-        assert [row["id"] for row in lines.rows] == ["a", "b"]
+        assert [row["id"] for row in lines.rows()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("keep", range(1, 60, 7))
@@ -204,7 +204,7 @@ def test_a_line_that_was_cut_off_is_written_anew(keep: int, tmp_path: Path) -> N
     first = path.read_bytes()
     path.write_bytes(first + first[:keep])
     with CaptionLines(path, MADE_BY) as lines:
-        assert [row["id"] for row in lines.rows] == ["a"]
+        assert [row["id"] for row in lines.rows()] == ["a"]
         lines.add([{"id": "b", "caption": "B"}])
     assert path.read_bytes().startswith(first) and [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
 

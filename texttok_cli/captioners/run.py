@@ -100,7 +100,7 @@ def _caption(captioner: Captioner, dataset: Dataset, indices: Sequence[int]) -> 
 
 def _todo(dataset: Dataset, lines: CaptionLines, on_progress: Callable[[int, int], None]) -> list[int]:
     """Indices of the images that have no line yet. DataError if the line is of another image; older ones don't say of which."""
-    there = {row.get("id"): row.get("input_sha256") for row in lines.rows}
+    there = {row.get("id"): row.get("input_sha256") for row in lines.rows()}
     todo = []
     for index, item in enumerate(dataset.items):
         if item.id not in there:

@@ -18,19 +18,17 @@ if TYPE_CHECKING:
 
 
 class CaptionLines:
-    """One file, open for appending; a context. `rows` are its lines, also those written before."""
+    """One file, open for appending; a context."""
 
     def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
         """Every line must have the entries `made_by`, else DataError. A last line that was cut off is taken away."""
         self.path, self.made_by = path, made_by
-        self.rows: list[dict[str, Any]] = []
         drop_cut_line(path)
-        data = path.read_bytes() if path.is_file() else b""
-        self._read(data)
+        last = self._check_lines()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         claim(path, self._file.fileno())
-        if data and not data.endswith(b"\n"):
+        if last and not last.endswith(b"\n"):
             self._file.write(b"\n")
 
     def __enter__(self) -> CaptionLines:
@@ -46,7 +44,11 @@ class CaptionLines:
         with self._named():
             self._file.write("".join(json.dumps(row) + "\n" for row in complete).encode())
             self._file.flush()
-        self.rows += complete
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Its lines, also those written before; read from the file, as a million of them take gigabytes of memory."""
+        with self.path.open("rb") as file:
+            yield from (row for row in map(_row, file) if row is not None)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -55,14 +57,19 @@ class CaptionLines:
         except OSError as err:
             raise naming(self.path, err) from None
 
-    def _read(self, data: bytes) -> None:
-        for number, line in enumerate(data.splitlines(), 1):
-            row = _row(line)
-            if (row is None and line.strip()) or (row is not None and not isinstance(row.get("id"), str | int | None)):
-                raise DataError(f"{self.path}:{number}: not a JSON line of captions; give another file with -o")
-            if row is not None:
-                self._check(row)
-                self.rows.append(row)
+    def _check_lines(self) -> bytes:
+        """The last line. DataError for one that can't be read or was not made by the same."""
+        line = b""
+        if not self.path.is_file():
+            return line
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                row = _row(line)
+                if (row is None and line.strip()) or (row is not None and not isinstance(row.get("id"), str | int | None)):
+                    raise DataError(f"{self.path}:{number}: not a JSON line of captions; give another file with -o")
+                if row is not None:
+                    self._check(row)
+        return line
 
     def _check(self, row: Mapping[str, Any]) -> None:
         for key, value in self.made_by.items():
@@ -87,12 +94,15 @@ def drop_cut_line(path: Path) -> bool:
     """
     if not path.is_file():
         return False
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if not data.startswith(b"{", whole) or _row(data[whole:]) is not None:
-        return False
-    if any(_row(line) is None for line in data[:whole].splitlines() if line.strip()):
-        return False
+    whole, last = 0, b""
+    with path.open("rb") as file:
+        for line in file:
+            whole, last = (whole + len(line), b"") if line.endswith(b"\n") else (whole, line)
+        if not last.startswith(b"{") or _row(last) is not None:
+            return False
+        file.seek(0)
+        if any(_row(line) is None for line in file if line.strip() and line != last):
+            return False
     os.truncate(path, whole)
     return True
 

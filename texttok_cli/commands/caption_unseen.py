@@ -31,7 +31,7 @@ def write_unseen(
     with CaptionLines(out, {**provenance_of(author, settings.max_words), "seed": seed}) as lines, progress(quiet=quiet) as bar:
         there = _captions_of(lines)
         _check_leaks(lines, bank)  # those of an earlier run, perhaps against other data
-        already = len(lines.rows)
+        already = sum(map(len, there.values()))
         wanting = sum(len(there.get(name, ())) < number for name in by_class)
         task = bar.add_task("writing", total=len(by_class), completed=len(by_class) - wanting, note="")
         for class_name, texts in unseen_captions(author, bank, number, there):
@@ -45,7 +45,7 @@ def write_unseen(
         "out": str(out),
         "writer": author.backend,
         "classes": len(by_class),
-        "captions": len(lines.rows),
+        "captions": sum(map(len, now.values())),
         "already_there": already,
         "short_classes": len(short),
         "none_of_training_captions": len(training),
@@ -81,13 +81,13 @@ def _by_class(dataset: Dataset) -> dict[str, list[str]]:
 
 def _captions_of(lines: CaptionLines) -> Mapping[str, list[str]]:
     there: dict[str, list[str]] = {}
-    for row in lines.rows:
+    for row in lines.rows():
         there.setdefault(row["class"], []).append(row["caption"])
     return there
 
 
 def _check_leaks(lines: CaptionLines, bank: CaptionBank) -> None:
-    for row in lines.rows:
+    for row in lines.rows():
         if bank.has(row["caption"]):
             text = row["caption"][:60]
             raise DataError(f"{lines.path}: {row['class']}: {text!r} is a caption of these training or evaluation images; remove the file")
