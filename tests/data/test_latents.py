@@ -78,6 +78,14 @@ def test_texts_are_those_of_the_files_or_of_a_list(tmp_path: Path) -> None:
     assert store.texts(tmp_path / "c.jsonl") == ["zero", "about 1", "two", "three"]
 
 
+def test_a_mirrored_copy_shares_the_texts_of_the_other(tmp_path: Path) -> None:
+    store = open_store(
+        write(tmp_path / "a", make(0, 2, captions=["long", "other"]), make(0, 2, flipped=[True] * 2, captions=["long", "other"]))
+    )
+    assert store.captions == ["long", "other"] * 2 and store.class_names == ["even", None] * 2
+    assert store.captions[0] is store.captions[2] and store.ids[1] is store.ids[3]
+
+
 def test_what_is_not_whole_or_not_of_the_tokenizer_is_refused(tmp_path: Path) -> None:
     codes = Tokens(torch.zeros(2, 4, dtype=torch.int64), make(0, 2).header.model_copy(update={"dtype": "int16", "codes": 8}))
     whole = write(tmp_path / "whole", make(0, 4))

@@ -55,10 +55,11 @@ class LatentStore:
                 raise DataError(f"{', '.join(map(str, folders))}: hold latents of several shapes, so not from one tokenizer; encode again")
             z[filled : filled + len(part)] = part.z
             filled += len(part)
-            ids += part.header.ids
+            once: dict[str, str] = {}  # a mirrored copy has the id, class and caption of the other: a gigabyte for ImageNet
+            ids += [once.setdefault(text, text) for text in part.header.ids]
             flipped += part.header.flipped
-            class_names += part.header.class_names or [None] * len(part)
-            captions += part.header.captions or [None] * len(part)
+            for known, new in ((class_names, part.header.class_names), (captions, part.header.captions)):
+                known += [None if text is None else once.setdefault(text, text) for text in new or [None] * len(part)]
         found = [statistics for index in indices.values() if (statistics := index.statistics()) is not None]
         if len(found) < len(indices) or any(len(statistics.mean) != z.shape[-1] for statistics in found):
             raise DataError(
