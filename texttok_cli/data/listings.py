@@ -159,13 +159,14 @@ def with_captions(items: list[Item], path: Path) -> list[Item]:
     Raises DataError for a file that is not there or a line that can't be read.
     """
     captions = read_captions(path)
-    sharing = Counter(alias for item in items for alias in {Path(item.id).name, Path(item.id).stem})
+    by_id = all(item.id in captions for item in items)  # then nobody asks for file names, which take a while for a million
+    sharing = Counter(() if by_id else (alias for item in items for alias in {Path(item.id).name, Path(item.id).stem}))
 
     def caption_of(item: Item) -> str | None:
-        for key in (item.id, Path(item.id).name, Path(item.id).stem):
-            if key in captions and (key == item.id or sharing[key] == 1):
-                return captions[key]
-        return item.caption
+        if item.id in captions:
+            return captions[item.id]
+        file = Path(item.id)
+        return next((captions[key] for key in (file.name, file.stem) if key in captions and sharing[key] == 1), item.caption)
 
     return [replace(item, caption=caption_of(item)) for item in items]
 
