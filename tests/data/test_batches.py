@@ -3,12 +3,14 @@
 import hashlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from texttok_cli.data import Dataset, TrainLoader, center_crop, eval_batches, evenly_spaced, load_image, open_dataset, to_tensor
+from texttok_cli.data.items import Item, PackedItems
 from texttok_cli.data.loader import MAX_THREADS, Batch, SampleStream, decoding_threads
 
 SIDE = 16
@@ -129,3 +131,12 @@ def test_there_are_as_many_threads_as_processors_that_may_be_used(
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: processors)
     assert decoding_threads() == threads
+
+
+def test_packed_items_are_the_items_without_texts() -> None:
+    items = [Item("a\0b", "/x/a.png", "caption", "class"), Item("ü\udcff", "/x/t.tar", None, None, 1 << 40, 17), Item("", "c")]
+    packed = PackedItems(items)
+    assert list(packed) == [replace(item, caption=None, class_name=None) for item in items]
+    assert len(packed) == 3
+    with pytest.raises(IndexError):
+        packed[3]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,11 +48,33 @@ class Skipped:
     reason: str
 
 
+class PackedItems(Sequence[Item]):
+    """Items without their texts, as bytes that processes share.
+
+    Of a list of objects each loader worker would come to hold a copy of its own: whoever looks at an object counts a reference, which
+    writes to its page.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        data, self._ends = bytearray(), array("q", [0])
+        for item in items:
+            data += json.dumps([item.id, item.file, item.offset, item.size]).encode()
+            self._ends.append(len(data))
+        self._data = bytes(data)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Item:  # type: ignore[override]  # no slices
+        item_id, file, offset, size = json.loads(self._data[self._ends[index] : self._ends[index + 1]])
+        return Item(item_id, file, offset=offset, size=size)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images in a fixed order; `skipped` lists what the inputs held that can't be an item. It holds no open file."""
 
-    items: list[Item]
+    items: Sequence[Item]
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:

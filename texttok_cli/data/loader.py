@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from texttok_cli.data.images import center_crop, load_image, to_tensor
-from texttok_cli.data.items import Dataset
+from texttok_cli.data.items import Dataset, PackedItems
 from texttok_cli.errors import DataError
 
 MAX_REDRAWS = 100  # unreadable images in a row before training gives up
@@ -160,7 +160,7 @@ class _Samples(TorchDataset[_Sample]):
     """Stream position -> decoded, cropped, flipped image."""
 
     def __init__(self, dataset: Dataset, image_size: int, seed: int, *, flip: bool, random_crop: bool, cache: bool) -> None:
-        self.dataset, self.image_size, self.flip, self.random_crop = dataset, image_size, flip, random_crop
+        self.dataset, self.image_size, self.flip, self.random_crop = Dataset(PackedItems(dataset.items)), image_size, flip, random_crop
         self.stream = SampleStream(len(dataset), seed)
         self.cache: dict[int, Tensor] | None = {} if cache else None
 
