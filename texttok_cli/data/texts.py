@@ -14,7 +14,7 @@ from texttok_cli.errors import DataError
 from texttok_cli.files import json_object, sha256_file
 
 NO_CAPTION_HELP = (
-    "this model is conditioned on text: give --caption or --captions, make captions with `texttok caption`,"
+    "this model is conditioned on text: give --captions (encode also takes --caption), make captions with `texttok caption`,"
     " use --no-caption, or take the twin without text (--model baseline-32-128)"
 )
 
