@@ -1,11 +1,13 @@
 """Recipes: extends, overrides, and errors that name the file, the key and the remedy."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import yaml
 
 from texttok_cli.config.loader import dump_recipe, load_recipe, merge, recipe_names
+from texttok_cli.config.plain_yaml import parse_yaml
 from texttok_cli.config.recipe import GeneratorRecipe, TokenizerRecipe
 from texttok_cli.config.schema import ClassEmbedding, NoCondition, TextCondition
 from texttok_cli.errors import RecipeError
@@ -183,6 +185,32 @@ def test_aliases_that_stand_for_any_number_of_values_are_refused(first: str, rec
     recipe.write_text(f"b0: &b0 {{{first}}}\n" + "".join(f"b{i}: &b{i} {{p: *b{i - 1}, q: *b{i - 1}}}\n" for i in range(1, 40)))
     with pytest.raises(RecipeError, match="not readable as YAML: over 100,000 values, counting what aliases repeat"):
         load_recipe(str(recipe))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "omap"])
+def test_aliases_in_pairs_of_yaml_count_too(kind: str, recipe: Path) -> None:
+    recipe.write_text("b0: &b0 [x]\n" + "".join(f"b{i}: &b{i} !!{kind} [p: *b{i - 1}, q: *b{i - 1}]\n" for i in range(1, 40)))
+    with pytest.raises(RecipeError, match="not readable as YAML: over 100,000 values"):
+        load_recipe(str(recipe))
+
+
+def test_a_list_that_holds_itself_takes_no_memory_before_it_is_refused() -> None:
+    """Each of its rounds was taken in anew: a file of 150 kB took 40 GB."""
+    text = f"&a [{'x, ' * 500}*a]"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="over 100,000 values"):
+            parse_yaml(text)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_task_that_aliases_blow_up_is_shown_short(recipe: Path) -> None:
+    recipe.write_text(f"name: &long {'x' * 1000}\ntask: [{', '.join(100 * ['*long'])}]\n")
+    with pytest.raises(RecipeError, match="is not one of tokenizer, generator") as caught:
+        load_recipe(str(recipe))
+    assert len(str(caught.value)) < 5_000
 
 
 def test_a_recipe_that_others_extend_many_times_is_read_once(recipe: Path) -> None:

@@ -52,7 +52,7 @@ def load_recipe(name: str | Path, overrides: str | Sequence[str] = ()) -> AnyRec
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     task = data.get("task", "tokenizer")
     if not isinstance(task, str) or task not in TASKS:
-        raise RecipeError(f"{where}: task {task!r} is not one of {', '.join(TASKS)}")
+        raise RecipeError(f"{where}: task {SHORT.repr(task)} is not one of {', '.join(TASKS)}")
     try:
         return TASKS[task].model_validate(data)
     except ValidationError as err:

@@ -46,10 +46,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    left = [value]
-    for _ in range(MAX_VALUES):
-        if not left:
-            return
+    left, count = [value], 1
+    while left:
         part = left.pop()
-        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    raise ValueError(f"over {MAX_VALUES:,} values, counting what aliases repeat")
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()  # tuples: !!pairs
+        count += len(parts)
+        if count > MAX_VALUES:  # before they are taken in: a list that holds itself would be so again and again
+            raise ValueError(f"over {MAX_VALUES:,} values, counting what aliases repeat")
+        left += parts
