@@ -138,5 +138,18 @@ def test_packed_items_are_the_items_without_texts() -> None:
     packed = PackedItems(items)
     assert list(packed) == [replace(item, caption=None, class_name=None) for item in items]
     assert len(packed) == 3
-    with pytest.raises(IndexError):
-        packed[3]
+    assert packed[-1] == packed[2]
+    for outside in (3, -4):
+        with pytest.raises(IndexError):
+            packed[outside]
+
+
+def test_images_are_read_in_the_data_sets_own_way(make_folder: Make) -> None:
+    class LastFirst(Dataset):
+        def head(self, index: int, n: int) -> bytes:
+            return super().head(len(self) - 1 - index, n)
+
+    own = LastFirst(open_dataset([make_folder(5)]).items)
+    [batch] = take(own, 1, flip=False)
+    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        assert torch.equal(image, cropped(own, index))

@@ -66,6 +66,7 @@ class PackedItems(Sequence[Item]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Item:  # type: ignore[override]  # no slices
+        index = range(len(self))[index]  # as a list: from the end too
         item_id, file, offset, size = json.loads(self._data[self._ends[index] : self._ends[index + 1]])
         return Item(item_id, file, offset=offset, size=size)
 

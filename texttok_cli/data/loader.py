@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import torch
@@ -160,7 +160,8 @@ class _Samples(TorchDataset[_Sample]):
     """Stream position -> decoded, cropped, flipped image."""
 
     def __init__(self, dataset: Dataset, image_size: int, seed: int, *, flip: bool, random_crop: bool, cache: bool) -> None:
-        self.dataset, self.image_size, self.flip, self.random_crop = Dataset(PackedItems(dataset.items)), image_size, flip, random_crop
+        self.dataset = replace(dataset, items=PackedItems(dataset.items), skipped=[])
+        self.image_size, self.flip, self.random_crop = image_size, flip, random_crop
         self.stream = SampleStream(len(dataset), seed)
         self.cache: dict[int, Tensor] | None = {} if cache else None
 
