@@ -28,6 +28,17 @@ def test_processes_that_would_each_train_alone_are_refused(
         Engine(load_recipe(str(recipe_file()), []).training, out=tmp_path, device="auto")
 
 
+def test_one_process_trains_on_one_device_and_then_on_another(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_recipe(str(recipe_file()), []).training
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with monkeypatch.context() as on_a_mac:
+        on_a_mac.setenv("ACCELERATE_TORCH_DEVICE", "mps")
+        assert Engine(cfg, out=tmp_path, device="auto").device.type == "mps"
+    assert Engine(cfg, out=tmp_path, device="cpu").device.type == "cpu"
+
+
 def test_fp32_is_not_rounded_by_accelerate(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     def on_a_gpu(**how: object) -> object:
         torch.backends.cuda.matmul.allow_tf32 = True  # as it does on one for a model that is compiled

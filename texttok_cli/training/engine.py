@@ -43,7 +43,8 @@ class Engine:
         for tracker in cfg.trackers:
             if find_spec(tracker) is None:
                 raise BackendError(f"training.trackers: {tracker} is not installed: pip install {tracker}")
-        AcceleratorState._reset_state()  # else one process can't train twice in different precisions
+        # Else one process can't train twice in different precisions, or on a GPU first and then on the CPU.
+        AcceleratorState._reset_state(reset_partial_state=True)
         # Shapes are few (text lengths are rounded up), and a graph per shape is faster than one for all.
         dynamo = TorchDynamoPlugin(backend="inductor" if cfg.compile else "no", dynamic=False)
         if cfg.compile:
