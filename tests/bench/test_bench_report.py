@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def test_names_that_are_no_unicode_and_missing_versions_are_written(latency_resu
     save_result(tmp_path / "a.json", latency_result.model_copy(update={"machine": machine}))
     write_report(find_results([tmp_path / "a.json"]), tmp_path / "out")
     assert r"caf\udce9" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no file has such a name")
+def test_a_plot_of_a_name_that_is_no_unicode_is_shown(sweep: TradeoffResult, tmp_path: Path) -> None:
+    path, out = tmp_path / "caf\udce9 1.json", tmp_path / "out"
+    save_result(path, sweep)
+    write_report(find_results([path]), out)
+    assert "](caf%E9%201.png)" in (out / "report.md").read_text() and (out / "caf\udce9 1.png").is_file()
 
 
 def test_names_in_other_people_s_results_are_text_and_nothing_else(sweep: TradeoffResult, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -288,7 +289,7 @@ def markdown(tables: Sequence[Table]) -> str:
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
         text = "\n".join("| " + " | ".join(map(_literal, line)) + " |" for line in lines)
         title = _literal(table.title)
-        picture = f"![{title}]({quote(table.picture.name)})" if table.picture else ""
+        picture = f"![{title}]({quote(os.fsencode(table.picture.name))})" if table.picture else ""
         parts += [part for part in (f"## {title}", _literal(table.remark), picture, text) if part]
     return "\n\n".join(parts) + "\n"
 
