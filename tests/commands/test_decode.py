@@ -223,6 +223,15 @@ def test_a_link_that_came_with_the_tokens_leads_nowhere_else(decode: Run, make: 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs rights to make links there")
+def test_links_in_a_circle_are_one_line(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
+    save_tokens(tmp_path / "a.tok.safetensors", make("sub/deep/x.png", "y.png"))
+    (tmp_path / "a.rec").mkdir()
+    (tmp_path / "a.rec" / "sub").symlink_to("sub")
+    run = decode(tmp_path / "a.tok.safetensors")
+    assert run.code == 1 and "a.rec/sub" in one_line(run.err)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs rights to make links there")
 def test_a_link_that_came_since_the_last_run_leads_nowhere_else(decode: Run, make: Callable[..., Tokens], tmp_path: Path) -> None:
     tokens = tmp_path / "a.tok.safetensors"
     save_tokens(tokens, make("sub/x.png", "y.png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -193,7 +194,8 @@ def _name(image_id: str, flipped: bool) -> str:
 
 def _is_within(folder: Path, root: Path) -> bool:
     """Wherever links in the root, which may have come with the tokens, lead."""
-    return folder.resolve().is_relative_to(root.resolve())
+    # Not by Path.resolve, which raises a RuntimeError for links in a circle until Python 3.13; there no file can be written either way.
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root))
 
 
 def safe_parts(image_id: str) -> list[str]:
