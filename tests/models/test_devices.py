@@ -30,7 +30,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(pick_device(device)) for device in ("cuda", "cuda:1", "cpu:0")] == ["cuda", "cuda:1", "cpu:0"]
-    for device in ("cuda:2", "cuda:-1", "cuda:", "cuda:one", "cpu:1"):
+    for device in ("cuda:2", "cuda:-1", "cuda:", "cuda:one", "cuda:01", "cpu:1"):
         with pytest.raises(BackendError, match=f"--device {device}: not available here"):
             pick_device(device)
 

@@ -24,11 +24,11 @@ from texttok_cli.commands.options import (
 from texttok_cli.config import Precision
 from texttok_cli.errors import DataError, TokenFileError, UsageError
 
-DEVICE = re.compile(r"\A(con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?= *(?:\.|\Z))", re.IGNORECASE)  # Windows has no file of such a name
-
 if TYPE_CHECKING:
     from texttok_cli.inference import Tokenizer
     from texttok_cli.tokens import Tokens
+
+RESERVED = re.compile(r"\A(con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?= *(?:\.|\Z))", re.IGNORECASE)  # Windows has no file of such a name
 
 
 def decode(
@@ -201,4 +201,4 @@ def _is_within(folder: Path, root: Path) -> bool:
 def safe_parts(image_id: str) -> list[str]:
     """An id, which may be any path or text, as the parts of a path that stays inside its folder and that every system takes."""
     parts = [re.sub(r'[<>:"|?*\x00-\x1f]', "_", part.rstrip(". ")) for part in re.split(r"[/\\]", image_id)]
-    return [DEVICE.sub(r"\1_", part) for part in parts if part] or ["image"]
+    return [RESERVED.sub(r"\1_", part) for part in parts if part] or ["image"]

@@ -29,7 +29,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])
     kind, colon, number = device.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not has.get(kind, False) or (colon and not (number.isdecimal() and int(number) < count)):
+    if not has.get(kind, False) or (colon and number not in map(str, range(count))):
         raise BackendError(f"--device {device}: not available here; use --device cpu")
     return torch.device(device)
 

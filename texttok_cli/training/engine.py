@@ -59,7 +59,7 @@ class Engine:
             log_with=list(cfg.trackers) or None,
             project_dir=str(out),
         )
-        if not rounds:  # Accelerate sets it for compiled fp32 on a GPU, where fp32 would be TF32
+        if not rounds and torch.backends.cuda.matmul.fp32_precision == "tf32":  # as Accelerate sets it on a GPU for compiled fp32
             torch.backends.cuda.matmul.allow_tf32 = False
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
             # Accelerate looks for FSDP on accelerators only; FSDP2 itself runs over gloo as well.
