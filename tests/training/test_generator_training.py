@@ -1,6 +1,7 @@
 """The generator's trainer: from tokens on disk to a generator file, exact resume, two processes, what a person gets wrong."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -401,6 +402,23 @@ def test_validation_is_of_images_spread_over_their_own_set_under_their_own_condi
     z = LatentStore.open([validation], made_by=[sha256_file(models / "text.safetensors")]).z.float()
     [(indices, latents, classes)] = seen
     assert indices == [0, 2, 4] and torch.equal(latents, z[[0, 2, 4]]) and classes == [0, 1, 1]
+
+
+def test_a_signal_ends_a_validation_with_its_batch(
+    recipe_file: RecipeFile, store_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def validate(task: GeneratorTask, dit: Any, condition: Any, batches: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.extend(len(batch.z) for batch in batches)
+        return {"val_mse": 0.0}
+
+    monkeypatch.setattr(GeneratorTask, "validate", validate)
+    data, training = {"val": [str(store_of("val", range(6)))]}, {**TINY["training"], "grid_images": 0}
+    with pytest.raises(Interrupted, match="stopped at step 1"):
+        train(recipe_file(data=data, training=training, schedule={"steps": 1}), tmp_path / "run")
+    assert seen == []
 
 
 def test_the_file_knows_captions_class_counts_and_statistics_of_the_training_images_alone(

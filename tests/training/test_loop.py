@@ -1,6 +1,8 @@
 """The loop with a task that only notes what it is asked: rates, batches and numbers by step, what is saved, and what a run goes on with."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -68,7 +70,7 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
 
-    def run(*overrides: str, export_fails: bool = False, **how: Any) -> SimpleNamespace:
+    def run(*overrides: str, export_fails: bool = False, signal_at: int | None = None, **how: Any) -> SimpleNamespace:
         recipe = load_recipe(str(recipe_file()), ["training.log_every=2", "training.val_every=3", *overrides])
         folder, engine, task = RunFolder(tmp_path), Engine(recipe.training, out=tmp_path, device="cpu"), Noting(clock, **how)
         saved: list[int] = []
@@ -78,8 +80,11 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
         def batches(start: int) -> Iterator[int]:
             return count(start)
 
-        def validate(step: int) -> dict[str, float]:
+        def validate(step: int, stopping: Callable[[], bool]) -> dict[str, float]:
             clock.now += 1000
+            if step == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stopping()
             return {"val_psnr": float(step)}
 
         def export(path: Path, step: int) -> None:
@@ -91,7 +96,7 @@ def train(recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
             found.exported.append((path.relative_to(tmp_path).as_posix(), step))
 
         found = SimpleNamespace(task=task, saved=saved, exported=[], lines=[])
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, loop.Interrupted):
             loop.train(recipe, task, engine, folder, batches, validate, export, QUIET)
         found.lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         return found
@@ -124,6 +129,20 @@ def test_a_run_that_was_cut_off_goes_on_at_the_saved_step_with_its_batch_and_its
     assert [rate for *_, rate in found.task.steps] == pytest.approx([0.1 * scale for scale in SCALES[4:]])
     assert [line["step"] for line in found.lines] == [1, 2, 3, 3, 4, 5, 6, 6]  # validated twice
     assert [line["images_per_s"] for line in found.lines if "loss" in line] == pytest.approx([2] * 6)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_cuts_a_validation_off_and_the_next_run_makes_it(train: Callable[..., Any], step: int) -> None:
+    every = ("training.log_every=1", "training.save_every=2")
+    found = train(*every, signal_at=step)
+    assert found.saved[-1] == step == found.task.number and found.exported == []
+    assert [line["step"] for line in found.lines if "val_psnr" in line] == [3] * (step > 3)
+    found = train(*every, signal_at=step)  # as it goes on, too
+    assert (found.task.steps, found.saved, found.exported) == ([], [], [])
+    found = train(*every)
+    assert [line["step"] for line in found.lines if "val_psnr" in line] == [3, 6]
+    assert [line["step"] for line in found.lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert found.task.number == 6 and found.exported == [("model.safetensors", 6)]
 
 
 def test_models_of_earlier_steps_are_kept_as_asked_also_one_whose_writing_was_cut_off(train: Callable[..., Any]) -> None:

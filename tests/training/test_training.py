@@ -518,6 +518,24 @@ def test_validation_has_no_larger_batches_than_training(
     assert sizes == [2, 2, 1]
 
 
+def test_a_signal_ends_a_validation_with_its_batch(
+    recipe_file: RecipeFile, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def validate(task: TokenizerTask, condition: Any, batches: Any, inception: Any) -> dict[str, float]:
+        for batch in batches:
+            seen.append(len(batch.images))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_psnr": 0.0}
+
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
+    recipe = recipe_file(data={"val": [str(pictures)]}, training={"accumulate": 2, "val_images": 5}, schedule={"steps": 1})
+    with pytest.raises(Interrupted, match="stopped at step 1"):
+        train(recipe, tmp_path / "run")
+    assert seen == [2] and (tmp_path / "run" / "state" / "step-00000001").is_dir()
+
+
 def test_signals_to_the_whole_job_leave_the_workers_at_work(pictures: Path) -> None:
     batches = TrainLoader(open_dataset([pictures]), image_size=16, batch_size=2, seed=0, flip=True, workers=2).batches()
     for _ in range(2):  # one of each worker

@@ -6,8 +6,9 @@ Letters: n images, B batch, N latent tokens, d latent channels, S image size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
     if len(stores) > 1 and recipe.training.grid_images and engine.is_main:
         preview = _Preview(recipe, engine, stores[1], known.conditioners[1], load_tokenizer_file(file, device=engine.device)[0], offline)
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, stopping: Callable[[], bool]) -> dict[str, float]:
         if len(stores) == 1:
             return {}
         dit = task.averaged()  # of shards in all processes
@@ -81,7 +82,8 @@ def train_generator(recipe: GeneratorRecipe, out: Path, report: Reporter, *, off
             return {}
         if preview is not None:
             run.save_grid(step, preview.reconstructions, preview.draw(dit))
-        return task.validate(dit, known.conditioners[1], _ordered(stores[1], recipe.training.val_latents, engine.device))
+        batches = _ordered(stores[1], recipe.training.val_latents, engine.device)
+        return task.validate(dit, known.conditioners[1], takewhile(lambda _: not stopping(), batches))
 
     def export(path: Path, step: int) -> None:
         dit = task.averaged()  # of shards in all processes

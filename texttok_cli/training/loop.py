@@ -24,6 +24,9 @@ from texttok_cli.training.run import RunFolder, optimizer_tensors
 MAX_ROLL_BACKS = 3  # without a newly saved state in between
 ONE_REQUEST = 2.0  # seconds
 
+# Of a step: numbers by their names. It may end early once the function that it is given says that the run is to stop.
+Validate = Callable[[int, Callable[[], bool]], dict[str, float]]
+
 
 class Task(Protocol):
     """What the loop asks of a task."""
@@ -51,13 +54,13 @@ def train(
     engine: Engine,
     run: RunFolder,
     batches: Callable[[int], Iterator[Any]],
-    validate: Callable[[int], dict[str, float]],
+    validate: Validate,
     export: Callable[[Path, int], None],
     report: Reporter,
 ) -> None:
     """Train to the recipe's last step, from the newest state in the run folder, and write the model.
 
-    `batches(k)` yields batches from the k-th on; `validate(step)` and `export(path, step)` are called in every process.
+    `batches(k)` yields batches from the k-th on; `validate` and `export(path, step)` are called in every process.
     Raises Interrupted after saving when a signal asks to leave, TrainingError when steps stay bad (see Guard) or the state is not
     of this data or not seen by all processes, BackendError without enough memory.
     """
@@ -65,8 +68,8 @@ def train(
     missed = begin > 0 and _validates(recipe, begin) and engine.any(engine.is_main and not run.validated(begin))
     try:
         with _StopSignal() as stop:
-            if missed:  # the run was cut off between saving and validating
-                _validate(begin, validate, engine, run)
+            if missed and _validate(begin, validate, engine, run, stop):  # the run was cut off between saving and validating
+                raise _stopped(begin)
             if _exports(recipe, begin) and engine.any(engine.is_main and not run.model_at(begin).exists()):
                 export(run.model_at(begin), begin)
             _steps(recipe, task, engine, run, batches(begin), begin, validate, export, report, stop)
@@ -104,7 +107,7 @@ def _steps(
     run: RunFolder,
     stream: Iterator[Any],
     begin: int,
-    validate: Callable[[int], dict[str, float]],
+    validate: Validate,
     export: Callable[[Path, int], None],
     report: Reporter,
     stop: _StopSignal,
@@ -127,17 +130,18 @@ def _steps(
             _roll_back(task, run, done, roll_backs)
         stopping = engine.any(stop.requested)
         due = done % cfg.save_every == 0 and not rolling_back and task.guard.in_a_row == 0  # weights in doubt don't replace good ones
-        if due or stopping or done == steps:
+        if saving := due or stopping or done == steps:
             roll_backs = 0
-            state = engine.gathered(task.state() | optimizer_tensors(task.optimizers))
-            if engine.is_main:
-                run.save_state(done, state)
-            engine.wait()
+            _save(done, task, engine, run)
         if stopping and done < steps:
-            raise Interrupted(f"stopped at step {done}; the same command resumes from there")
+            raise _stopped(done)
         if _validates(recipe, done):
             with clock.paused():
-                _validate(done, validate, engine, run)
+                cut_off = _validate(done, validate, engine, run, stop)
+            if cut_off:
+                if not saving:
+                    _save(done, task, engine, run)
+                raise _stopped(done)
         if _exports(recipe, done):
             with clock.paused():
                 export(run.model_at(done), done)
@@ -153,10 +157,23 @@ def _exports(recipe: Recipe, step: int) -> bool:
     return every is not None and step % every == 0 and 0 < step < recipe.schedule.steps
 
 
-def _validate(step: int, validate: Callable[[int], dict[str, float]], engine: Engine, run: RunFolder) -> None:
-    validated = validate(step)
-    if validated:
+def _validate(step: int, validate: Validate, engine: Engine, run: RunFolder, stop: _StopSignal) -> bool:
+    """Whether a signal cut it off: on a large set it may take longer than a scheduler waits. The resumed run does it again."""
+    validated = validate(step, lambda: stop.requested)
+    if validated and not stop.requested:
         _log({"step": step, **validated}, engine, run)
+    return engine.any(stop.requested)
+
+
+def _save(step: int, task: Task, engine: Engine, run: RunFolder) -> None:
+    state = engine.gathered(task.state() | optimizer_tensors(task.optimizers))
+    if engine.is_main:
+        run.save_state(step, state)
+    engine.wait()
+
+
+def _stopped(step: int) -> Interrupted:
+    return Interrupted(f"stopped at step {step}; the same command resumes from there")
 
 
 def _log(record: dict[str, float], engine: Engine, run: RunFolder) -> None:

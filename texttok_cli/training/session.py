@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
         chosen = evenly_spaced(len(dataset), limit)
         return eval_batches(dataset, image_size=recipe.model.image_size, batch_size=batch_size, indices=chosen, on_error=report.skipped)
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, stopping: Callable[[], bool]) -> dict[str, float]:
         if val_set is None or not engine.is_main:
             return {}
         grid = recipe.training.grid_images
@@ -85,7 +86,8 @@ def _train_tokenizer(recipe: TokenizerRecipe, out: Path, report: Reporter, *, of
                 run.save_grid(step, first.images, task.reconstruct_uint8(conditioners[1], first))
         # No larger than a training step's, so that what makes room for those makes room for these.
         at_once = min(64, engine.batch_size // recipe.training.accumulate)
-        return task.validate(conditioners[1], ordered(val_set, recipe.training.val_images, at_once), inception)
+        batches = ordered(val_set, recipe.training.val_images, at_once)
+        return task.validate(conditioners[1], takewhile(lambda _: not stopping(), batches), inception)
 
     def export(path: Path, step: int) -> None:
         if not engine.is_main:
