@@ -90,31 +90,28 @@ def test_a_slow_answer_ends_at_the_timeout(endpoint: Served) -> None:
     assert time.monotonic() - begin < 2
 
 
-def test_an_answer_that_trickles_ends_at_the_timeout_too(endpoint: Served) -> None:
-    """Every byte comes within the socket's timeout; the whole answer does not."""
+def trickles(status: int, begin: bytes) -> Callable[[Handler, int], None]:
+    """Every further byte comes within the socket's timeout; the whole answer does not."""
 
-    def trickle(handler: Handler, number: int) -> None:
-        handler.send(200, b"", length=1000)
+    def answer(handler: Handler, number: int) -> None:
+        handler.send(status, begin, length=1000)
         for _ in range(40):
-            handler.wfile.write(b" ")
+            handler.wfile.write(b"!")
             handler.wfile.flush()
             time.sleep(0.1)
 
-    endpoint.plan = [trickle, says("quick")]
+    return answer
+
+
+def test_an_answer_that_trickles_ends_at_the_timeout_too(endpoint: Served) -> None:
+    endpoint.plan = [trickles(200, b""), says("quick")]
     begin = time.monotonic()
     assert ask(endpoint, timeout=0.3) == "quick"
     assert time.monotonic() - begin < 2
 
 
 def test_what_an_error_says_ends_at_the_timeout_too(endpoint: Served) -> None:
-    def trickle(handler: Handler, number: int) -> None:
-        handler.send(400, b"no", length=1000)
-        for _ in range(40):
-            handler.wfile.write(b"!")
-            handler.wfile.flush()
-            time.sleep(0.1)
-
-    endpoint.plan = [trickle]
+    endpoint.plan = [trickles(400, b"no")]
     begin = time.monotonic()
     with pytest.raises(CaptionFailed, match="HTTP 400: no!"):
         ask(endpoint, timeout=0.3)
